@@ -1,0 +1,360 @@
+"""The octree field: routes samples through the tree and evaluates the nodes' hash grids and decoders.
+
+Parameters live in one bank per octree level and kind, ``[nodes_at_level, page]``: ``grids`` (multi-resolution hash grid),
+``decoders`` (density and colour MLP) and ``proposals`` (a small grid of log density for the sampler). The number of Parameters is
+fixed by ``max_level``; a tree of other size replaces the tensors inside of them.
+
+- ``children="independent"`` (InfNeRF): every node is a complete NeRF that knows nothing of its parent.
+- ``children="residual"`` (RING-NeRF's idea on the octree): a child holds only the finer hash levels; a sample reads the features of
+  its node and of all ancestors, finer ones are zero. A child whose features are zero and whose decoder is its parent's *is* its parent.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Annotated, Literal, NamedTuple
+
+import torch
+from jaxtyping import Float, Int
+from nerfstudio.field_components.activations import trunc_exp
+from torch import Tensor, nn
+
+from infnerf_ns.kernels import HashLayout, enable_bank_gradient, grouped_mlp, hash_encode, mlp_page_size
+from infnerf_ns.octree import Octree, RootCube
+from infnerf_ns.validation import Range
+
+
+@dataclass
+class FieldConfig:
+    """Sizes of a node and how nodes relate."""
+
+    children: Literal["residual", "independent"] = "residual"
+    """residual: a child adds finer hash levels to its ancestors' features; independent: a child is a complete NeRF (the paper)."""
+    decoder_sharing: Literal["node", "level", "tree"] = "node"
+    """Who has an own decoder: every node (the paper), every octree level, or the whole tree one."""
+    hash_levels: Annotated[int, Range(1, 24)] = 8
+    """Hash levels of a complete node."""
+    child_hash_levels: Annotated[int, Range(1, 16)] = 2
+    """Hash levels that a residual child adds; they span the one octave between its parent's finest cell and its own."""
+    base_resolution: Annotated[int, Range(2, 512)] = 16
+    """Coarsest hash level of a complete node, cells per axis."""
+    log2_table_size: Annotated[int, Range(8, 26)] = 17
+    """Most entries of a hash level, as a power of two."""
+    features_per_level: Literal[1, 2, 4] = 2
+    """Features per hash entry."""
+    hidden_width: Annotated[int, Range(8, 256)] = 64
+    """Width of the hidden layer of the density decoder."""
+    color_hidden_width: Annotated[int, Range(8, 256)] = 64
+    """Width of the hidden layers of the colour decoder."""
+    color_hidden_layers: Annotated[int, Range(1, 4)] = 2
+    """Hidden layers of the colour decoder."""
+    geo_features: Annotated[int, Range(1, 63)] = 15
+    """Features that the density decoder hands to the colour decoder."""
+    appearance_dim: Annotated[int, Range(0, 128)] = 8
+    """Size of the appearance code of a photo (0: none)."""
+    proposal_resolution: Annotated[int, Range(8, 1024)] = 128
+    """Finest resolution of a node's proposal grid."""
+    proposal_log2_table_size: Annotated[int, Range(8, 26)] = 18
+    """Most entries of a level of a node's proposal grid, as a power of two."""
+    backend: Literal["auto", "torch", "numba"] = "auto"
+    """Kernel backend; auto takes numba for CPU tensors."""
+
+
+class Routed(NamedTuple):
+    """M samples in the order in which the banks are visited (by node), with the way back."""
+
+    unit: Float[Tensor, "M 3"]
+    path: Int[Tensor, "M K"]
+    node: Int[Tensor, "M"]
+    order: Int[Tensor, "M"]
+    """place of each routed sample in the caller's order"""
+
+
+def _uniform(*shape: int, bound: float) -> Tensor:
+    return torch.empty(*shape).uniform_(-bound, bound)
+
+
+class OctreeField(nn.Module):
+    """Density and colour of an octree of NeRFs.
+
+    Args:
+        octree: the tree.
+        config: sizes.
+        max_level: deepest level that the tree may ever have; fixes the number of Parameters.
+        num_photos: number of appearance codes.
+    """
+
+    def __init__(self, octree: Octree, config: FieldConfig, max_level: int, num_photos: int) -> None:
+        super().__init__()
+        self.config, self.max_level = config, max_level
+        finest = octree.node_resolution
+        # The root's grid covers the contracted space, in which the root cube is the middle half: twice the cells.
+        complete = (config.hash_levels, config.base_resolution, finest, config.log2_table_size, config.features_per_level)
+        root = HashLayout(config.hash_levels, 2 * config.base_resolution, 2 * finest, *complete[3:])
+        added = config.child_hash_levels
+        first = round(finest / 2 ** ((added - 1) / added))
+        child = HashLayout(added, first, finest, *complete[3:]) if config.children == "residual" else HashLayout(*complete)
+        self.layouts = [root] + [child] * max_level
+        proposal = (config.proposal_log2_table_size, 1)
+        fine = config.proposal_resolution
+        self.proposal_layouts = [HashLayout(4, min(16, fine), fine, *proposal)]
+        self.proposal_layouts += [HashLayout(2, fine // 2, fine, *proposal)] * max_level
+        self._columns = [layout.num_outputs for layout in self.layouts]
+        inputs = sum(self._columns) if config.children == "residual" else root.num_outputs
+        self.density_widths = (inputs, config.hidden_width, 1 + config.geo_features)
+        color_inputs = config.geo_features + 16 + config.appearance_dim
+        self.color_widths = (color_inputs, *[config.color_hidden_width] * config.color_hidden_layers, 3)
+        self._color_offset = mlp_page_size(self.density_widths)
+        self.appearance = nn.Embedding(num_photos, config.appearance_dim) if config.appearance_dim else None
+        self.grids, self.decoders, self.proposals = (nn.ParameterList() for _ in range(3))
+        for _ in range(max_level + 1):
+            for banks in (self.grids, self.decoders, self.proposals):
+                banks.append(nn.Parameter(torch.empty(0, 0)))
+        for name, value in _tree_buffers(octree).items():
+            self.register_buffer(name, value)
+        self.register_buffer("active_level", torch.tensor(0))
+        self.set_octree(octree)
+        self.reset_parameters()
+
+    # -- the tree -------------------------------------------------------------------------------------------------------------
+
+    def set_octree(self, octree: Octree) -> None:
+        """Make the banks fit a tree, with uninitialised pages: the tensors inside the Parameters are replaced."""
+        self.octree = octree
+        for name, value in _tree_buffers(octree).items():
+            setattr(self, name, value)
+        for level, count in enumerate(octree.nodes_per_level + [0] * (self.max_level - octree.depth)):
+            decoders = {"node": count, "level": min(count, 1), "tree": int(level == 0)}[self.config.decoder_sharing]
+            decoder_page = self._color_offset + mlp_page_size(self.color_widths)
+            for bank, rows, page in (
+                (self.grids[level], count, self.layouts[level].page_size),
+                (self.proposals[level], count, self.proposal_layouts[level].page_size),
+                (self.decoders[level], decoders, decoder_page),
+            ):
+                if bank.shape != (rows, page):
+                    bank.data = torch.empty(rows, page, device=octree.level.device)
+
+    def reset_parameters(self) -> None:
+        """Grids near zero (Instant-NGP), one and the same decoder in every node (Kaiming uniform)."""
+        weights = []
+        for widths in (self.density_widths, self.color_widths):
+            for fan_in, fan_out in zip(widths[:-1], widths[1:]):
+                weights.append(_uniform(fan_in * fan_out, bound=(3.0 / fan_in) ** 0.5))
+        page = torch.cat(weights)
+        for grids, proposals, decoders in zip(self.grids, self.proposals, self.decoders):
+            grids.data.uniform_(-1e-4, 1e-4)
+            proposals.data.zero_()
+            decoders.data.copy_(page.to(decoders.device).expand_as(decoders))
+        if self.appearance is not None:
+            nn.init.normal_(self.appearance.weight, std=0.05)
+
+    @torch.no_grad()
+    def activate_level(self, level: int) -> None:
+        """Let the nodes of a level take part from now on; each starts with the decoder that its parent has learnt."""
+        octree = self.octree
+        for new in range(int(self.active_level) + 1, min(level, octree.depth) + 1):
+            bank, above = self.decoders[new].data, self.decoders[new - 1].data
+            if len(bank):
+                nodes = torch.nonzero(octree.level == new)[:, 0]
+                parents = octree.row[octree.parent[nodes]] if self.config.decoder_sharing == "node" else torch.zeros(1).long()
+                fresh = bank.clone()
+                bank.copy_(above[parents.to(bank.device)])
+                if self.config.children == "residual":
+                    # The weights of the features that only exist from this level on keep their first value.
+                    hidden = self.density_widths[1]
+                    used = sum(self._columns[:new]) * hidden
+                    bank[:, used : self.density_widths[0] * hidden] = fresh[:, used : self.density_widths[0] * hidden]
+            self.active_level.fill_(new)
+
+    def memory_bytes(self, training: bool = True) -> list[int]:
+        """Bytes per level of the parameters; in training also gradient and two moments."""
+        copies = 4 if training else 1
+        banks = zip(self.grids, self.decoders, self.proposals)
+        return [sum(bank.numel() for bank in level) * 4 * copies for level in banks][: self.octree.depth + 1]
+
+    # -- evaluation -----------------------------------------------------------------------------------------------------------
+
+    def route(
+        self, positions: Float[Tensor, "M 3"], footprints: Float[Tensor, "M"] | None, max_level: int | None = None
+    ) -> Routed:
+        """Find the nodes of all samples and sort them by node; ``max_level`` cuts the tree further than training has."""
+        cap = int(self.active_level) if max_level is None else min(max_level, int(self.active_level))
+        unit = self.octree.cube.to_unit(positions)
+        path = self.octree.route(unit, footprints, cap)
+        node = path.max(dim=1).values
+        order = torch.argsort(node)
+        return Routed(unit[order], path[order], node[order], order)
+
+    def with_parents(self, routed: Routed, weight: Float[Tensor, "M"]) -> tuple[Routed, Float[Tensor, "M2"], Int[Tensor, "M2"]]:
+        """Adds the parent's evaluation where a node's weight against it is below 1 (the blend between adjacent levels).
+
+        Args:
+            routed: samples.
+            weight: weight of each routed sample's own node (:meth:`Octree.fraction`).
+
+        Returns:
+            The enlarged routed samples, their weights, and the routed sample that each belongs to.
+        """
+        mixed = torch.nonzero(weight < 1)[:, 0]
+        path = torch.cat([routed.path, routed.path[mixed]])
+        level = self.octree.level[routed.node[mixed]]
+        path[torch.arange(len(routed.node), len(path), device=path.device), level] = -1
+        node = path.max(dim=1).values
+        owner = torch.cat([torch.arange(len(weight), device=path.device), mixed])
+        weight = torch.cat([weight, 1 - weight[mixed]])
+        order = torch.argsort(node)
+        owner = owner[order]
+        return Routed(routed.unit[owner], path[order], node[order], routed.order[owner]), weight[order], owner
+
+    def _slices(self, node: Int[Tensor, "M"]) -> list[tuple[int, int]]:
+        """Per level: the range of the sorted samples whose node is of that level."""
+        edges = torch.searchsorted(node, self.octree.first_of_level).tolist()
+        return list(zip(edges[:-1], edges[1:]))
+
+    def _groups(self, node: Int[Tensor, "S"], level: int) -> tuple[Tensor, Tensor]:
+        """Runs of samples that share a decoder, within one level: (starts [G + 1], rows [G])."""
+        if self.config.decoder_sharing != "node":
+            return torch.tensor([0, len(node)]), torch.zeros(1, dtype=torch.long)
+        nodes, counts = torch.unique_consecutive(node, return_counts=True)
+        return torch.nn.functional.pad(counts.cumsum(0), (1, 0)), nodes - self.octree.first_of_level[level]
+
+    def _decode(
+        self, inputs: Tensor, node: Tensor, slices: list[tuple[int, int]], offset: int, widths: tuple[int, ...], frozen: bool
+    ) -> Tensor:
+        outputs = []
+        for level, (a, b) in enumerate(slices):
+            if self.config.decoder_sharing == "tree":
+                level, a, b = 0, 0, len(node)
+            if b > a:
+                starts, rows = self._groups(node[a:b], level)
+                used = widths[0]
+                if offset == 0 and self.config.children == "residual" and self.config.decoder_sharing != "tree":
+                    used = sum(self._columns[: level + 1])
+                used_inputs = torch.full_like(rows, used)
+                bank = self.decoders[level].detach() if frozen else self.decoders[level]
+                outputs.append(
+                    grouped_mlp(inputs[a:b], starts, rows, bank, offset, widths, used_inputs, self.config.backend)
+                )
+            if self.config.decoder_sharing == "tree":
+                break
+        return torch.cat(outputs) if len(outputs) > 1 else outputs[0] if outputs else inputs.new_zeros(0, widths[-1])
+
+    def _features(self, routed: Routed, slices: list[tuple[int, int]], frozen: bool) -> Tensor:
+        octree, residual = self.octree, self.config.children == "residual"
+        total = len(routed.node)
+        pieces = []
+        for level, (a, b) in enumerate(slices):
+            b = total if residual else b  # deeper samples come after, and read this level's features too
+            if a == b:
+                continue
+            node = routed.path[a:b, level]
+            local = octree.local(routed.unit[a:b], node)
+            row = node - octree.first_of_level[level]
+            bank = self.grids[level].detach() if frozen else self.grids[level]
+            features = hash_encode(local, row, bank, self.layouts[level], self.config.backend)
+            if not residual:
+                pieces.append(features)
+                continue
+            pieces.append(nn.functional.pad(features, (0, 0, a, 0)) if a else features)
+        if not residual:
+            return torch.cat(pieces) if pieces else routed.unit.new_zeros(0, self.density_widths[0])
+        features = torch.cat(pieces, dim=1) if len(pieces) > 1 else pieces[0]
+        return nn.functional.pad(features, (0, self.density_widths[0] - features.shape[1]))
+
+    def density(self, routed: Routed, frozen: bool = False) -> tuple[Float[Tensor, "M"], Float[Tensor, "M geo"]]:
+        """Density per scene unit and geometry features of routed samples (in routed order).
+
+        ``frozen`` keeps gradients from the banks, for derivatives with respect to the positions alone.
+        """
+        slices = self._slices(routed.node)
+        features = self._features(routed, slices, frozen)
+        hidden = self._decode(features, routed.node, slices, 0, self.density_widths, frozen)
+        density = trunc_exp(hidden[:, 0] - 1.0) * (2.0 / self.octree.cube.side)
+        # The sigmoid bounds what the colour decoder sees (official code: prevents NaN after long training).
+        return density, torch.sigmoid(hidden[:, 1:])
+
+    def color(
+        self,
+        node: Int[Tensor, "S"],
+        geo: Float[Tensor, "S geo"],
+        direction_code: Float[Tensor, "S 16"],
+        appearance: Float[Tensor, "S app"] | None,
+    ) -> Float[Tensor, "S 3"]:
+        """Colour in 0..1 of samples sorted by node."""
+        inputs = torch.cat([geo, direction_code] + ([appearance] if appearance is not None else []), dim=1)
+        return torch.sigmoid(self._decode(inputs, node, self._slices(node), self._color_offset, self.color_widths, False))
+
+    def normals(self, positions: Float[Tensor, "M 3"], footprints: Float[Tensor, "M"] | None) -> Float[Tensor, "M 3"]:
+        """Unit normals: the direction in which the density falls fastest, world frame."""
+        with torch.enable_grad():
+            positions = positions.detach().requires_grad_()
+            routed = self.route(positions, footprints)
+            density, _ = self.density(routed, frozen=True)
+            (gradient,) = torch.autograd.grad(density.clamp(min=1e-10).log().sum(), positions)
+        return -nn.functional.normalize(gradient, dim=-1)
+
+    def proposal_density(
+        self, positions: Float[Tensor, "M 3"], footprints: Float[Tensor, "M"] | None
+    ) -> Float[Tensor, "M"]:
+        """Density of the proposal grids per scene unit: exp of the sum over the sample's node and its ancestors."""
+        octree = self.octree
+        unit = octree.cube.to_unit(positions)
+        path = octree.route(unit, footprints, int(self.active_level))
+        log_density = 0.0
+        for level in range(path.shape[1]):
+            node = path[:, level]
+            at = torch.nonzero(node >= 0)[:, 0] if level else slice(None)
+            if level and len(at) == 0:
+                break
+            row = node[at] - octree.first_of_level[level]
+            local = octree.local(unit[at], node[at])
+            part = hash_encode(local, row, self.proposals[level], self.proposal_layouts[level], self.config.backend).sum(-1)
+            log_density = log_density.index_add(0, at, part) if level else part
+        return trunc_exp(log_density - 1.0) * (2.0 / octree.cube.side)
+
+    def density_at(
+        self, positions: Float[Tensor, "M 3"], footprints: Float[Tensor, "M"] | None = None, max_level: int | None = None
+    ) -> Float[Tensor, "M"]:
+        """Density per scene unit at world positions, in the caller's order."""
+        routed = self.route(positions, footprints, max_level)
+        density, _ = self.density(routed)
+        return torch.empty_like(density).index_put((routed.order,), density)
+
+    def density_fn(self, positions: Float[Tensor, "*bs 3"], times: Tensor | None = None) -> Float[Tensor, "*bs 1"]:
+        """nerfstudio's density function: it gives no footprint, so the finest nodes answer."""
+        del times
+        return self.density_at(positions.reshape(-1, 3)).reshape(*positions.shape[:-1], 1)
+
+
+def _tree_buffers(octree: Octree) -> dict[str, Tensor]:
+    cube, device = octree.cube, octree.level.device
+    return {
+        "tree_level": octree.level,
+        "tree_coords": octree.coords,
+        "tree_parent": octree.parent,
+        "cube_center": cube.center.to(device),
+        "cube_side": torch.tensor(cube.side, dtype=torch.float64, device=device),
+        "cube_rotation": cube.rotation.to(device),
+        "tree_resolution": torch.tensor([octree.node_resolution, octree.gsd_sharpness], dtype=torch.float64, device=device),
+    }
+
+
+def octree_from_state(state: dict[str, Tensor], prefix: str) -> Octree:
+    """The tree that a field's state dict holds."""
+    cube = RootCube(state[prefix + "cube_center"], float(state[prefix + "cube_side"]), state[prefix + "cube_rotation"])
+    resolution, sharpness = state[prefix + "tree_resolution"].tolist()
+    return Octree(
+        cube,
+        state[prefix + "tree_level"],
+        state[prefix + "tree_coords"],
+        state[prefix + "tree_parent"],
+        node_resolution=int(resolution),
+        gsd_sharpness=sharpness,
+    )
+
+
+def in_place_gradients(field: OctreeField) -> None:
+    """Let the CPU kernels write bank gradients in place (for training with NodeAdam)."""
+    for banks in (field.grids, field.decoders, field.proposals):
+        for bank in banks:
+            enable_bank_gradient(bank)

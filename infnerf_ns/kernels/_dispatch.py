@@ -1,0 +1,187 @@
+"""Chooses the backend and ties the numba kernels into autograd."""
+
+from __future__ import annotations
+
+import threading
+from functools import lru_cache
+from typing import Literal
+
+import numba
+import numpy as np
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from infnerf_ns.kernels import hash_numba, mlp_numba
+from infnerf_ns.kernels.gradients import bank_gradient
+from infnerf_ns.kernels.hash_torch import hash_encode_torch
+from infnerf_ns.kernels.layout import HashLayout
+from infnerf_ns.kernels.mlp_torch import grouped_mlp_torch
+
+Backend = Literal["auto", "torch", "numba"]
+BACKENDS: tuple[Backend, ...] = ("auto", "torch", "numba")
+
+_numba_lock = threading.Lock()
+"""numba's built-in thread pool must not be entered by two threads at once, and the viewer renders from a thread of its own."""
+
+
+def _use_numba(backend: Backend, tensor: Tensor) -> bool:
+    if backend == "numba" and tensor.device.type != "cpu":
+        raise ValueError(f"the numba backend runs on the CPU, but the samples are on {tensor.device}; use backend 'auto'")
+    return backend == "numba" or (backend == "auto" and tensor.device.type == "cpu" and tensor.dtype == torch.float32)
+
+
+def hash_encode(
+    positions: Float[Tensor, "P 3"],
+    row: Int[Tensor, "P"],
+    bank: Float[Tensor, "N page"],
+    layout: HashLayout,
+    backend: Backend = "auto",
+) -> Float[Tensor, "P LF"]:
+    """Features of (local position, node) pairs: trilinear interpolation in every hash level of the node's page.
+
+    Args:
+        positions: local positions in [0, 1).
+        row: row of each sample's node in the bank.
+        bank: one page per node; the hash grid stands first in the page.
+        layout: sizes of the hash levels.
+        backend: ``auto``, ``torch`` or ``numba``.
+
+    Returns:
+        Features, coarse level first. Gradients to the bank and, where required, to the positions are exact. A bank with an
+        in-place gradient (:func:`infnerf_ns.kernels.enable_bank_gradient`) receives its gradient directly in ``bank.grad``.
+    """
+    if not _use_numba(backend, positions):
+        return hash_encode_torch(positions, row, bank, layout)
+    return _HashEncode.apply(positions, row, bank, layout)
+
+
+def mlp_page_size(widths: tuple[int, ...]) -> int:
+    """Number of weights of one MLP with these layer widths (no biases, as in tiny-cuda-nn)."""
+    return sum(a * b for a, b in zip(widths[:-1], widths[1:]))
+
+
+def grouped_mlp(
+    inputs: Float[Tensor, "P in"],
+    starts: Int[Tensor, "G1"],
+    rows: Int[Tensor, "G"],
+    bank: Float[Tensor, "N page"],
+    offset: int,
+    widths: tuple[int, ...],
+    used_inputs: Int[Tensor, "G"] | None = None,
+    backend: Backend = "auto",
+) -> Float[Tensor, "P out"]:
+    """ReLU MLPs without biases, one per group of samples.
+
+    Args:
+        inputs: samples sorted by group.
+        starts: group g owns the samples ``starts[g] : starts[g + 1]``.
+        rows: row of each group's node in the bank.
+        bank: pages; the weights stand at ``offset``, layer by layer, each [fan_in, fan_out].
+        offset: first weight in the page.
+        widths: layer widths, input first.
+        used_inputs: leading inputs of each group that can differ from zero (a promise that saves work); None: all.
+        backend: ``auto``, ``torch`` or ``numba``.
+    """
+    if not _use_numba(backend, inputs):
+        return grouped_mlp_torch(inputs, starts, rows, bank, offset, widths)
+    used = torch.full_like(rows, widths[0]) if used_inputs is None else used_inputs
+    return _GroupedMLP.apply(inputs, starts, rows, bank, offset, widths, used)
+
+
+@lru_cache(maxsize=None)
+def _layout_arrays(layout: HashLayout) -> tuple:
+    return (layout.scales, layout.resolutions, layout.sizes, layout.offsets, layout.hashed)
+
+
+@lru_cache(maxsize=None)
+def _balanced_order(num_levels: int) -> np.ndarray:
+    """Cheap coarse levels paired with costly fine ones, so that contiguous shares cost about the same."""
+    order = [level for pair in zip(range(num_levels), reversed(range(num_levels))) for level in pair]
+    return np.array(order[:num_levels], dtype=np.int64)
+
+
+def _flat(tensor: Tensor) -> np.ndarray:
+    return tensor.detach().contiguous().numpy()
+
+
+class _HashEncode(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, positions: Tensor, row: Tensor, bank: Tensor, layout: HashLayout) -> Tensor:
+        out = torch.empty(len(positions), layout.num_outputs)
+        with _numba_lock:
+            hash_numba.forward(
+                _flat(positions), _flat(row), _flat(bank), out.numpy(), *_layout_arrays(layout), (0,) * layout.features
+            )
+        ctx.save_for_backward(positions, row)
+        ctx.bank, ctx.layout = bank, layout
+        return out
+
+    @staticmethod
+    def backward(ctx, grad_out: Tensor):
+        positions, row = ctx.saved_tensors
+        bank, layout = ctx.bank, ctx.layout
+        arrays, axis = _layout_arrays(layout), (0,) * layout.features
+        p, r, g = _flat(positions), _flat(row), _flat(grad_out)
+        grad_bank = grad_positions = None
+        with _numba_lock:
+            if ctx.needs_input_grad[2]:
+                held = bank_gradient(bank)
+                if held is None:
+                    grad_bank = torch.zeros_like(bank)
+                    target, touched = grad_bank.numpy(), np.zeros((len(bank), (bank.shape[1] >> hash_numba.BLOCK_SHIFT) + 1), dtype=np.uint8)
+                else:
+                    target, touched = held.grad.numpy(), held.touched.numpy()
+                    held.rows.numpy()[r] = 1
+                hash_numba.backward_bank(p, r, g, target, touched, *arrays, _balanced_order(layout.num_levels), axis)
+            if ctx.needs_input_grad[0]:
+                grad_positions = torch.empty_like(positions)
+                hash_numba.backward_positions(p, r, _flat(bank), g, grad_positions.numpy(), *arrays, axis)
+        return grad_positions, None, grad_bank, None
+
+
+class _GroupedMLP(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, inputs, starts, rows, bank, offset, widths, used) -> Tensor:
+        out = torch.empty(len(inputs), widths[-1])
+        tiles = mlp_numba.tiles_of(_flat(starts))
+        with _numba_lock:
+            mlp_numba.forward(
+                _flat(inputs), *tiles, _flat(rows), _flat(bank), offset, np.array(widths), _flat(used), out.numpy(),
+                numba.get_num_threads(),
+            )  # fmt: skip
+        ctx.save_for_backward(inputs, rows, used)
+        ctx.bank, ctx.offset, ctx.widths, ctx.tiles = bank, offset, widths, tiles
+        return out
+
+    @staticmethod
+    def backward(ctx, grad_out: Tensor):
+        inputs, rows, used = ctx.saved_tensors
+        bank, offset, widths = ctx.bank, ctx.offset, ctx.widths
+        size, threads = mlp_page_size(widths), numba.get_num_threads()
+        want_inputs = ctx.needs_input_grad[0]
+        grad_inputs = torch.empty_like(inputs if want_inputs else inputs[:0])
+        grad_groups = np.zeros((len(rows), size), np.float32)
+        edge_groups = np.full((threads, 2), -1, np.int64)
+        edges = np.zeros((threads, 2, size), np.float32)
+        with _numba_lock:
+            mlp_numba.backward(
+                _flat(inputs), *ctx.tiles, _flat(rows), _flat(bank), offset, np.array(widths), _flat(used), _flat(grad_out),
+                grad_inputs.numpy(), grad_groups, edge_groups, edges, threads, want_inputs,
+            )  # fmt: skip
+        for thread in range(threads):
+            for side in range(2):
+                if edge_groups[thread, side] >= 0:
+                    grad_groups[edge_groups[thread, side]] += edges[thread, side]
+        grad_bank = None
+        if ctx.needs_input_grad[3]:
+            held = bank_gradient(bank)
+            if held is None:
+                grad_bank = torch.zeros_like(bank)
+                target = grad_bank
+            else:
+                target = held.grad
+                held.rows[rows] = 1
+                held.touched[rows, offset >> hash_numba.BLOCK_SHIFT : ((offset + size - 1) >> hash_numba.BLOCK_SHIFT) + 1] = 1
+            target[:, offset : offset + size].index_add_(0, rows, torch.from_numpy(grad_groups))
+        return grad_inputs if want_inputs else None, None, None, grad_bank, None, None, None

@@ -1,0 +1,211 @@
+"""``grouped_mlp`` on the CPU with numba: every layer of a tile of samples stays in the first-level cache.
+
+Activations are sample-major and weights are stored [fan_in, fan_out], so that the three products of a layer (forward, gradient to
+the input, gradient to the weights) all are "row += coefficient * row" over a contiguous row, which the compiler turns into
+vector instructions. Nothing but the input is kept for the backward pass: it computes the tile's activations again.
+Why own code: a library matmul per node and layer costs one call per node, and writes every hidden activation to memory.
+"""
+
+from __future__ import annotations
+
+import numba as nb
+import numpy as np
+
+TILE = 32
+"""samples per tile"""
+
+
+@nb.njit(fastmath=True, error_model="numpy", boundscheck=False)
+def _product(x, x_column, weight, n, fan_in, fan_out, y, add):
+    """y[:n, :fan_out] (+)= x[:n, x_column : x_column + fan_in] @ weight[:fan_in, :fan_out]"""
+    for s in range(n):
+        if not add:
+            for o in range(fan_out):
+                y[s, o] = np.float32(0)
+    whole = fan_in // 8 * 8
+    for i in range(0, whole, 8):
+        w0, w1, w2, w3 = weight[i], weight[i + 1], weight[i + 2], weight[i + 3]
+        w4, w5, w6, w7 = weight[i + 4], weight[i + 5], weight[i + 6], weight[i + 7]
+        for s in range(n):
+            row = y[s]
+            k = x_column + i
+            a0, a1, a2, a3 = x[s, k], x[s, k + 1], x[s, k + 2], x[s, k + 3]
+            a4, a5, a6, a7 = x[s, k + 4], x[s, k + 5], x[s, k + 6], x[s, k + 7]
+            for o in range(fan_out):
+                row[o] += (
+                    (a0 * w0[o] + a1 * w1[o])
+                    + (a2 * w2[o] + a3 * w3[o])
+                    + (a4 * w4[o] + a5 * w5[o])
+                    + (a6 * w6[o] + a7 * w7[o])
+                )
+    for i in range(whole, fan_in):
+        w0 = weight[i]
+        for s in range(n):
+            row = y[s]
+            a0 = x[s, x_column + i]
+            for o in range(fan_out):
+                row[o] += a0 * w0[o]
+
+
+@nb.njit(fastmath=True, error_model="numpy", boundscheck=False)
+def _outer(x, dy, n, fan_in, fan_out, grad):
+    """grad[:fan_in, :fan_out] += x[:n].T @ dy[:n]"""
+    whole = n // 8 * 8
+    for s in range(0, whole, 8):
+        d0, d1, d2, d3, d4, d5, d6, d7 = dy[s], dy[s + 1], dy[s + 2], dy[s + 3], dy[s + 4], dy[s + 5], dy[s + 6], dy[s + 7]
+        for i in range(fan_in):
+            row = grad[i]
+            a0, a1, a2, a3 = x[s, i], x[s + 1, i], x[s + 2, i], x[s + 3, i]
+            a4, a5, a6, a7 = x[s + 4, i], x[s + 5, i], x[s + 6, i], x[s + 7, i]
+            for o in range(fan_out):
+                row[o] += (
+                    (a0 * d0[o] + a1 * d1[o])
+                    + (a2 * d2[o] + a3 * d3[o])
+                    + (a4 * d4[o] + a5 * d5[o])
+                    + (a6 * d6[o] + a7 * d7[o])
+                )
+    for s in range(whole, n):
+        d0 = dy[s]
+        for i in range(fan_in):
+            row = grad[i]
+            a0 = x[s, i]
+            for o in range(fan_out):
+                row[o] += a0 * d0[o]
+
+
+@nb.njit(inline="always")
+def _weights(bank, row, offset, fan_in, fan_out):
+    return bank[row, offset : offset + fan_in * fan_out].reshape(fan_in, fan_out)
+
+
+@nb.njit(inline="always")
+def _relu(y, n, width):
+    for s in range(n):
+        for o in range(width):
+            if y[s, o] < 0:
+                y[s, o] = np.float32(0)
+
+
+@nb.njit(parallel=True, cache=True, fastmath=True, error_model="numpy", boundscheck=False)
+def forward(inputs, tile_group, tile_start, tile_stop, rows, bank, offset, widths, used_inputs, out, threads):
+    """out [P, widths[-1]]; tiles are runs of at most TILE samples of one group; used_inputs [G]: leading inputs that are not zero."""
+    layers = len(widths) - 1
+    tiles = len(tile_group)
+    widest = widths.max()
+    for thread in nb.prange(threads):
+        ping = np.empty((TILE, widest), np.float32)
+        pong = np.empty((TILE, widest), np.float32)
+        for t in range(tiles * thread // threads, tiles * (thread + 1) // threads):
+            group = tile_group[t]
+            a, b = tile_start[t], tile_stop[t]
+            n = b - a
+            position = offset
+            for layer in range(layers):
+                fan_in, fan_out = widths[layer], widths[layer + 1]
+                weight = _weights(bank, rows[group], position, fan_in, fan_out)
+                position += fan_in * fan_out
+                source = inputs[a:b] if layer == 0 else ping
+                target = out[a:b] if layer == layers - 1 else pong
+                _product(source, 0, weight, n, used_inputs[group] if layer == 0 else fan_in, fan_out, target, False)
+                if layer < layers - 1:
+                    _relu(target, n, fan_out)
+                    ping, pong = pong, ping
+
+
+@nb.njit(parallel=True, cache=True, fastmath=True, error_model="numpy", boundscheck=False)
+def backward(
+    inputs, tile_group, tile_start, tile_stop, rows, bank, offset, widths, used_inputs, grad_out, grad_inputs, grad_groups,
+    edge_groups, edges, threads, want_inputs,
+):
+    """Adds weight gradients and writes grad_inputs [P, in].
+
+    A group whose tiles all belong to one thread is added to ``grad_groups [G, size]`` directly; a thread's first and last group
+    may be shared with a neighbour and go to ``edges [threads, 2, size]`` with their numbers in ``edge_groups [threads, 2]``.
+    """
+    layers = len(widths) - 1
+    tiles = len(tile_group)
+    widest = widths.max()
+    size = edges.shape[2]
+    for thread in nb.prange(threads):
+        acts = np.empty((layers, TILE, widest), np.float32)
+        delta = np.empty((TILE, widest), np.float32)
+        delta_next = np.empty((TILE, widest), np.float32)
+        transposed = np.empty((layers, widest, widest), np.float32)
+        total = np.zeros(size, np.float32)
+        first_tile, last_tile = tiles * thread // threads, tiles * (thread + 1) // threads
+        for t in range(first_tile, last_tile):
+            group = tile_group[t]
+            a, b = tile_start[t], tile_stop[t]
+            n = b - a
+            if t == first_tile or tile_group[t - 1] != group:
+                position = offset
+                for layer in range(layers):
+                    weight = _weights(bank, rows[group], position, widths[layer], widths[layer + 1])
+                    position += widths[layer] * widths[layer + 1]
+                    for i in range(widths[layer]):
+                        for o in range(widths[layer + 1]):
+                            transposed[layer, o, i] = weight[i, o]
+            position = offset
+            for layer in range(layers - 1):
+                fan_in, fan_out = widths[layer], widths[layer + 1]
+                weight = _weights(bank, rows[group], position, fan_in, fan_out)
+                position += fan_in * fan_out
+                source = inputs[a:b] if layer == 0 else acts[layer - 1]
+                _product(source, 0, weight, n, used_inputs[group] if layer == 0 else fan_in, fan_out, acts[layer], False)
+                _relu(acts[layer], n, fan_out)
+            end = size
+            for s in range(n):
+                for o in range(widths[layers]):
+                    delta[s, o] = grad_out[a + s, o]
+            for layer in range(layers - 1, -1, -1):
+                fan_in, fan_out = widths[layer], widths[layer + 1]
+                used = used_inputs[group] if layer == 0 else fan_in
+                end -= fan_in * fan_out
+                gradient = total[end : end + fan_in * fan_out].reshape(fan_in, fan_out)
+                if layer == 0:
+                    _outer(inputs[a:b], delta, n, used, fan_out, gradient)
+                    if want_inputs:
+                        _product(delta, 0, transposed[layer], n, fan_out, used, grad_inputs[a:b], False)
+                        for s in range(n):
+                            for i in range(used, fan_in):
+                                grad_inputs[a + s, i] = np.float32(0)
+                else:
+                    _outer(acts[layer - 1], delta, n, used, fan_out, gradient)
+                    _product(delta, 0, transposed[layer], n, fan_out, used, delta_next, False)
+                    for s in range(n):
+                        for i in range(used):
+                            if acts[layer - 1, s, i] <= 0:
+                                delta_next[s, i] = np.float32(0)
+                    delta, delta_next = delta_next, delta
+            if t == last_tile - 1 or tile_group[t + 1] != group:
+                starts_here = tile_group[first_tile] != group
+                ends_here = tile_group[last_tile - 1] != group
+                if starts_here and ends_here:
+                    for k in range(size):
+                        grad_groups[group, k] += total[k]
+                else:
+                    side = 1 if starts_here else 0
+                    edge_groups[thread, side] = group
+                    for k in range(size):
+                        edges[thread, side, k] = total[k]
+                for k in range(size):
+                    total[k] = np.float32(0)
+
+
+@nb.njit(cache=True)
+def tiles_of(starts):
+    """Cuts groups ``starts [G + 1]`` into tiles: (group, start, stop) arrays."""
+    count = 0
+    for g in range(len(starts) - 1):
+        count += (starts[g + 1] - starts[g] + TILE - 1) // TILE
+    group = np.empty(count, np.int64)
+    begin = np.empty(count, np.int64)
+    end = np.empty(count, np.int64)
+    t = 0
+    for g in range(len(starts) - 1):
+        for a in range(starts[g], starts[g + 1], TILE):
+            group[t] = g
+            begin[t] = a
+            end[t] = min(a + TILE, starts[g + 1])
+            t += 1
+    return group, begin, end

@@ -1,0 +1,25 @@
+"""Losses on the weights along rays, on top of nerfstudio's and nerfacc's own.
+
+``interlevel_loss`` (proposals, mip-NeRF 360) is nerfstudio's. Its distortion loss compares all pairs of samples; nerfacc's is the
+O(n) form (DVGO v2) of the same sum, but its batched scans have no CPU kernels for gradients in every version, so the scan is torch's.
+"""
+
+from __future__ import annotations
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+
+def distortion(weights: Float[Tensor, "R S"], edges: Float[Tensor, "R S1"]) -> Float[Tensor, ""]:
+    """Distortion loss of mip-NeRF 360 (eq. 15), mean over rays, in O(S) by prefix sums (Sun et al. 2022, DVGO v2).
+
+    Args:
+        weights: rendering weights.
+        edges: normalised distances of the interval edges, increasing.
+    """
+    middle, length = (edges[:, 1:] + edges[:, :-1]) / 2, edges.diff(dim=1)
+    before = torch.cumsum(weights, dim=1) - weights
+    before_middle = torch.cumsum(weights * middle, dim=1) - weights * middle
+    between = 2 * (weights * (middle * before - before_middle)).sum(dim=1)
+    return (between + (weights.square() * length).sum(dim=1) / 3).mean()

@@ -1,0 +1,410 @@
+"""InfNeRFModel: wires sampler, octree field, renderers and losses into a nerfstudio model."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from dataclasses import dataclass
+from typing import Annotated, Any, Literal, Type
+
+import psutil
+import torch
+from jaxtyping import Float
+from nerfstudio.cameras.camera_optimizers import CameraOptimizer, CameraOptimizerConfig
+from nerfstudio.cameras.cameras import Cameras, CameraType
+from nerfstudio.cameras.rays import RayBundle
+from nerfstudio.data.scene_box import OrientedBox
+from nerfstudio.engine.callbacks import TrainingCallback, TrainingCallbackAttributes, TrainingCallbackLocation
+from nerfstudio.model_components.losses import interlevel_loss, ray_samples_to_sdist
+from nerfstudio.model_components.renderers import (
+    AccumulationRenderer,
+    DepthRenderer,
+    NormalsRenderer,
+    RGBRenderer,
+)
+from nerfstudio.model_components.shaders import NormalsShader
+from nerfstudio.models.base_model import Model, ModelConfig
+from nerfstudio.utils import colormaps
+from nerfstudio.utils.math import components_from_spherical_harmonics
+from nerfstudio.utils.rich_utils import CONSOLE
+from rich.table import Table
+from torch import Tensor
+from torch.nn import Parameter
+
+from infnerf_ns.errors import InputError
+from infnerf_ns.field import FieldConfig, OctreeField, in_place_gradients, octree_from_state
+from infnerf_ns.losses import ray as ray_losses
+from infnerf_ns.losses import reconstruction
+from infnerf_ns.losses import tree as tree_losses
+from infnerf_ns.octree import Octree, RootCube, build_octree, root_cube
+from infnerf_ns.sampler import ORTHOGRAPHIC_FOOTPRINT, LoDSampler, SamplerConfig, sample_geometry
+from infnerf_ns.validation import Range
+
+APPEARANCE = "appearance_code"
+"""Key of the ray metadata that holds an appearance code [R, A] to be used instead of the trained ones."""
+
+
+@dataclass
+class OctreeConfig:
+    """How the octree is built from the SfM points."""
+
+    max_level: Annotated[int, Range(0, 20, warn_above=15)] = 4
+    """Deepest octree level (0: the root alone)."""
+    node_resolution: Annotated[int, Range(8, 8192)] = 256
+    """Finest resolution of a node's grid: cells per edge of its cube."""
+    gsd_sharpness: Annotated[float, Range(0.25, 8.0)] = 2.0
+    """How much finer than a grid cell a node is trusted to be; the paper uses 2."""
+    min_points: Annotated[int, Range(1, 1_000_000)] = 32
+    """SfM points finer than the parent's GSD that an octant needs to become a node."""
+    align: Literal["auto", "none", "pca"] = "auto"
+    """Axes of the root cube: the scene's (none), the points' principal axes with the shortest up (pca), or pca only where the
+    scene is flat and tilted (auto)."""
+    trim: Annotated[float, Range(0.0, 0.2)] = 0.01
+    """Share of outlying SfM points that the root cube ignores at both ends of each axis."""
+    level_start_steps: Annotated[int, Range(0, 1_000_000)] = 500
+    """Steps between the starts of two octree levels; a level starts from what its parents have learnt."""
+
+
+@dataclass
+class LossConfig:
+    """Weights of the losses; 0 switches one off."""
+
+    rgb: Literal["mse", "charbonnier"] = "mse"
+    """Photometric loss."""
+    distortion: Annotated[float, Range(0.0, 10.0)] = 0.002
+    """Distortion loss (mip-NeRF 360)."""
+    proposal: Annotated[float, Range(0.0, 100.0)] = 1.0
+    """Proposal (interlevel) loss (mip-NeRF 360)."""
+    inter_level: Annotated[float, Range(0.0, 10.0)] = 0.01
+    """The paper's consistency between a node and its parent."""
+    transparency: Annotated[float, Range(0.0, 10.0)] = 0.001
+    """The paper's transparency of random points."""
+    tree_points: Annotated[int, Range(1, 1_000_000)] = 2048
+    """Random points of the two tree losses."""
+    tree_nodes: Annotated[int, Range(1, 10_000)] = 4
+    """Random nodes that these points lie in."""
+    tree_every: Annotated[int, Range(1, 10_000)] = 8
+    """Steps between two evaluations of the tree losses."""
+
+
+@dataclass
+class InfNeRFModelConfig(ModelConfig):
+    """InfNeRF: an octree of NeRFs."""
+
+    _target: Type = dataclasses.field(default_factory=lambda: InfNeRFModel)
+    enable_collider: bool = False
+    """Unused: the sampler sets the near plane from the data."""
+    eval_num_rays_per_chunk: int = 8192
+    """Rays per chunk when images are rendered."""
+    octree: OctreeConfig = dataclasses.field(default_factory=OctreeConfig)
+    """The tree."""
+    field: FieldConfig = dataclasses.field(default_factory=FieldConfig)
+    """The nodes."""
+    sampler: SamplerConfig = dataclasses.field(default_factory=SamplerConfig)
+    """The samples along rays."""
+    losses: LossConfig = dataclasses.field(default_factory=LossConfig)
+    """The losses."""
+    camera_optimizer: CameraOptimizerConfig = dataclasses.field(default_factory=lambda: CameraOptimizerConfig(mode="off"))
+    """Pose refinement (nerfstudio's)."""
+    background_color: Literal["last_sample", "random", "black", "white"] = "last_sample"
+    """What lies behind the last sample."""
+    color_weight_threshold: Annotated[float, Range(0.0, 0.1)] = 1e-3
+    """Samples with a smaller rendering weight are not given a colour."""
+    blend_levels: bool = True
+    """Evaluation blends a node with its parent by the fractional level, so that nothing pops while the camera moves."""
+    render_normals: bool = True
+    """Rendered images have an output `normals` (point clouds and Poisson meshes need it)."""
+
+
+class InfNeRFModel(Model):
+    """An octree of NeRFs (InfNeRF, SIGGRAPH Asia 2024)."""
+
+    config: InfNeRFModelConfig
+
+    def populate_modules(self) -> None:
+        """Builds the tree from the SfM scene that the data manager provides, and the modules on top of it."""
+        super().populate_modules()
+        scene = self.kwargs["metadata"].get("sfm_scene")
+        if scene is None:
+            raise InputError(
+                "the data manager gives no SfM scene: --pipeline.datamanager must be infnerf_ns's PyramidDataManager"
+            )
+        octree = self._build_octree(scene)
+        self.field = OctreeField(octree, self.config.field, self.config.octree.max_level, self.num_train_data)
+        in_place_gradients(self.field)
+        self.sampler = LoDSampler(self.config.sampler, self.config.sampler.near_plane or scene.near, octree.cube.side)
+        self.camera_optimizer: CameraOptimizer = self.config.camera_optimizer.setup(
+            num_cameras=self.num_train_data, device="cpu"
+        )
+        self.renderer_rgb = RGBRenderer(background_color=self.config.background_color)
+        self.renderer_accumulation = AccumulationRenderer()
+        self.renderer_depth = DepthRenderer(method="median")
+        self.renderer_expected_depth = DepthRenderer(method="expected")
+        self.renderer_normals = NormalsRenderer()
+        self.normals_shader = NormalsShader()
+        self.step = 0
+        self._log_tree(scene)
+
+    def _build_octree(self, scene: Any) -> Octree:
+        config = self.config.octree
+        try:
+            cube = root_cube(scene.points, align=config.align, trim=config.trim)
+        except ValueError:
+            raise InputError("all SfM points lie at one place: check the sparse model, or leave it out to use the cameras")
+        return build_octree(
+            scene.points,
+            scene.footprints,
+            cube,
+            max_level=config.max_level,
+            min_points=config.min_points,
+            node_resolution=config.node_resolution,
+            gsd_sharpness=config.gsd_sharpness,
+        )
+
+    def _log_tree(self, scene: Any) -> None:
+        octree = self.field.octree
+        needed = self.field.memory_bytes()
+        source = {"tracks": "SfM points with tracks", "visibility": "SfM points", "frusta": "camera frusta (no SfM points)"}
+        table = Table(title=f"Octree of {octree.num_nodes} nodes from {len(scene.points)} {source[scene.source]}")
+        for name in ("level", "nodes", "GSD", "pruned", "memory"):
+            table.add_column(name, justify="right")
+        for row in octree.summary(needed):
+            table.add_row(
+                str(row["level"]),
+                str(row["nodes"]),
+                f"{row['gsd']:.4g}",
+                f"{100 * row['pruned']:.0f} %",
+                f"{row['bytes'] / 2**20:.0f} MiB",
+            )
+        CONSOLE.print(table)
+        CONSOLE.print(f"root cube: side {octree.cube.side:.4g}, near plane {self.sampler.near:.4g} (scene units)")
+        available = psutil.virtual_memory().available
+        if sum(needed) > available:
+            raise InputError(
+                f"the tree of {octree.num_nodes} nodes needs {sum(needed) / 2**30:.1f} GiB for training, but only"
+                f" {available / 2**30:.1f} GiB of memory are free: lower --pipeline.model.octree.max-level or"
+                " --pipeline.model.field.log2-table-size, or raise --pipeline.model.octree.min-points"
+            )
+        if sum(needed) > 0.7 * available:
+            CONSOLE.print(
+                f"[yellow]the tree needs {sum(needed) / 2**30:.1f} GiB of the {available / 2**30:.1f} GiB of free memory[/yellow]"
+            )
+
+    # -- parameters -----------------------------------------------------------------------------------------------------------
+
+    def get_param_groups(self) -> dict[str, list[Parameter]]:
+        """One group per kind of bank and octree level."""
+        groups: dict[str, list[Parameter]] = {}
+        for kind in ("grids", "decoders", "proposals"):
+            for level, bank in enumerate(getattr(self.field, kind)):
+                groups[f"{kind}_{level}"] = [bank]
+        if self.field.appearance is not None:
+            groups["appearance"] = list(self.field.appearance.parameters())
+        self.camera_optimizer.get_param_groups(groups)
+        return groups
+
+    def load_state_dict(self, state_dict: dict[str, Any], strict: bool = True, assign: bool = False) -> Any:
+        """Makes the banks fit the checkpoint's tree in place first, so that the optimizers keep their Parameters."""
+        if "field.tree_level" not in state_dict:
+            raise InputError("the checkpoint holds no octree: it was not written by infnerf; check --load-dir or --load-config")
+        octree = octree_from_state(state_dict, "field.").to(self.device)
+        missing = {f"field.{name}" for name, _ in self.field.named_parameters()} ^ {
+            name for name in state_dict if name.startswith(("field.grids", "field.decoders", "field.proposals", "field.appear"))
+        }
+        if missing:
+            raise InputError(
+                f"the checkpoint does not fit the configuration ({sorted(missing)[0]} is in one of them only): use the"
+                " config.yml that was written beside it, or the same --pipeline.model.octree and --pipeline.model.field options"
+            )
+        self.field.set_octree(octree)
+        for name, value in self.field.named_parameters():
+            if state_dict[f"field.{name}"].shape != value.shape:
+                raise InputError(
+                    f"the checkpoint's field.{name} is {tuple(state_dict[f'field.{name}'].shape)}, but the configuration asks for"
+                    f" {tuple(value.shape)}: use the same --pipeline.model.field options and photos as the checkpoint"
+                )
+        return super().load_state_dict(state_dict, strict=strict)
+
+    def to(self, *args: Any, **kwargs: Any) -> InfNeRFModel:
+        """Moves the model; the tree's index tensors move with it."""
+        super().to(*args, **kwargs)
+        self.field.octree = self.field.octree.to(self.field.tree_level.device)
+        return self
+
+    def update_to_step(self, step: int) -> None:
+        """Schedules continue from a loaded checkpoint."""
+        self.step = step
+
+    def get_training_callbacks(self, training_callback_attributes: TrainingCallbackAttributes) -> list[TrainingCallback]:
+        """Before each step: the step number for the schedules, and the start of the octree levels whose time has come."""
+        del training_callback_attributes
+
+        def begin(step: int) -> None:
+            self.step = step
+            spacing = self.config.octree.level_start_steps
+            self.field.activate_level(step // spacing if spacing else self.config.octree.max_level)
+
+        return [TrainingCallback([TrainingCallbackLocation.BEFORE_TRAIN_ITERATION], begin)]
+
+    # -- rendering ------------------------------------------------------------------------------------------------------------
+
+    def get_outputs_for_camera(self, camera: Cameras, obb_box: OrientedBox | None = None) -> dict[str, Tensor]:
+        """Renders a camera; orthographic cameras get the constant footprint of their ground pixel."""
+        with torch.no_grad():
+            rays = camera.generate_rays(camera_indices=0, keep_shape=True, obb_box=obb_box)
+            if int(camera.camera_type.flatten()[0]) == CameraType.ORTHOPHOTO.value:
+                radius = 1 / (2 * float(camera.fx.flatten()[0]))
+                rays.metadata[ORTHOGRAPHIC_FOOTPRINT] = torch.full_like(rays.pixel_area, radius)
+            return self.get_outputs_for_camera_ray_bundle(rays)
+
+    def _appearance(self, rays: RayBundle) -> Float[Tensor, "R A"] | None:
+        """Appearance code per ray: the given one, the photo's in training, the mean of all photos otherwise."""
+        if self.field.appearance is None:
+            return None
+        if APPEARANCE in rays.metadata:
+            return rays.metadata[APPEARANCE]
+        if self.training:
+            assert rays.camera_indices is not None
+            return self.field.appearance(rays.camera_indices[:, 0])
+        return self.field.appearance.weight.mean(dim=0).expand(len(rays), -1)
+
+    def get_outputs(self, ray_bundle: RayBundle) -> dict[str, Any]:
+        """Renders rays.
+
+        Returns:
+            ``rgb [R, 3]``, ``accumulation``, ``depth`` (median) and ``expected_depth`` [R, 1]; in evaluation also ``level [R, 3]``
+            (mean octree level as a colour, blue = root) and ``normals [R, 3]`` in 0..1; in training what the losses need.
+        """
+        if self.training:
+            self.camera_optimizer.apply_to_raybundle(ray_bundle)
+        octree, blend = self.field.octree, self.config.blend_levels and not self.training
+        samples, weights_list, samples_list = self.sampler(ray_bundle, self.field.proposal_density, self.step)
+        rays, per_ray = samples.frustums.starts.shape[:2]
+        positions, footprints = sample_geometry(samples, jitter=self.training and self.config.sampler.footprint_jitter)
+        positions = positions.reshape(-1, 3)
+        footprints = None if footprints is None else footprints.reshape(-1)
+        if blend and footprints is not None:
+            # Training draws the level of a sample from lod + u, u in -1/2..1/2; this blend is its expectation.
+            footprints = footprints / math.sqrt(2)
+        routed = self.field.route(positions, footprints)
+        share = torch.ones(len(positions), device=positions.device)
+        if blend and footprints is not None:
+            share = octree.fraction(octree.level[routed.node], footprints[routed.order])
+            routed, share, _ = self.field.with_parents(routed, share)
+        density, geo = self.field.density(routed)
+
+        sample_density = torch.zeros_like(positions[:, 0]).index_add(0, routed.order, share * density)
+        weights = samples.get_weights(sample_density.reshape(rays, per_ray, 1))
+        with torch.no_grad():
+            visible = weights[..., 0] > self.config.color_weight_threshold
+            visible[:, -1] |= weights.sum(dim=(1, 2)) < 1 - self.config.color_weight_threshold
+            kept = torch.nonzero(visible.reshape(-1)[routed.order])[:, 0]
+        direction_code = components_from_spherical_harmonics(levels=4, directions=ray_bundle.directions)
+        appearance = self._appearance(ray_bundle)
+        ray_of = routed.order[kept] // per_ray
+        color = self.field.color(
+            routed.node[kept], geo[kept], direction_code[ray_of], None if appearance is None else appearance[ray_of]
+        )
+        rgb = torch.zeros_like(positions).index_add(0, routed.order[kept], share[kept, None] * color)
+        rgb = rgb.reshape(rays, per_ray, 3)
+        if not self.training:
+            self.renderer_rgb.eval()
+
+        outputs: dict[str, Any] = {
+            "rgb": self.renderer_rgb(rgb=rgb, weights=weights),
+            "accumulation": self.renderer_accumulation(weights=weights),
+            "expected_depth": self.renderer_expected_depth(weights=weights, ray_samples=samples),
+        }
+        with torch.no_grad():
+            outputs["depth"] = self.renderer_depth(weights=weights, ray_samples=samples)
+        if self.training:
+            outputs["weights_list"] = [*weights_list, weights]
+            outputs["ray_samples_list"] = [*samples_list, samples]
+            return outputs
+        level = torch.zeros_like(sample_density).index_add(0, routed.order, share * octree.level[routed.node])
+        mean_level = (weights[..., 0] * level.reshape(rays, per_ray)).sum(1) / weights.sum(dim=(1, 2)).clamp(min=1e-6)
+        outputs["level"] = colormaps.apply_colormap((mean_level / max(octree.depth, 1))[:, None].clamp(0, 1))
+        if self.config.render_normals:
+            at = torch.nonzero(weights.reshape(-1) > 10 * self.config.color_weight_threshold)[:, 0]
+            normals = torch.zeros_like(positions)
+            normals[at] = self.field.normals(positions[at], None if footprints is None else footprints[at])
+            normals = self.renderer_normals(normals=normals.reshape(rays, per_ray, 3), weights=weights)
+            outputs["normals"] = self.normals_shader(normals).clamp(0, 1)
+        return outputs
+
+    # -- losses and metrics ---------------------------------------------------------------------------------------------------
+
+    def get_metrics_dict(self, outputs: dict[str, Any], batch: dict[str, Any]) -> dict[str, Tensor]:
+        """PSNR of the batch (over all its pyramid levels), distortion, nodes in use."""
+        predicted, target = self._rgb_pair(outputs, batch)
+        metrics = {"psnr": -10 * torch.log10(reconstruction.mse(predicted, target))}
+        if self.training:
+            metrics["distortion"] = self._distortion(outputs)
+        self.camera_optimizer.get_metrics_dict(metrics)
+        return metrics
+
+    def _rgb_pair(self, outputs: dict[str, Any], batch: dict[str, Any]) -> tuple[Tensor, Tensor]:
+        target = batch["image"].to(outputs["rgb"].device)
+        return self.renderer_rgb.blend_background_for_loss_computation(
+            pred_image=outputs["rgb"], pred_accumulation=outputs["accumulation"], gt_image=target
+        )
+
+    def _distortion(self, outputs: dict[str, Any]) -> Tensor:
+        edges = ray_samples_to_sdist(outputs["ray_samples_list"][-1])
+        return ray_losses.distortion(outputs["weights_list"][-1][..., 0], edges)
+
+    def get_loss_dict(
+        self, outputs: dict[str, Any], batch: dict[str, Any], metrics_dict: dict[str, Tensor] | None = None
+    ) -> dict[str, Tensor]:
+        """The weighted losses, by name."""
+        config = self.config.losses
+        predicted, target = self._rgb_pair(outputs, batch)
+        losses = {"rgb_loss": getattr(reconstruction, config.rgb)(predicted, target)}
+        if not self.training:
+            return losses
+        if config.distortion:
+            distortion = metrics_dict["distortion"] if metrics_dict else self._distortion(outputs)
+            losses["distortion_loss"] = config.distortion * distortion
+        if config.proposal and self.sampler.updates_proposals(self.step):
+            losses["proposal_loss"] = config.proposal * interlevel_loss(outputs["weights_list"], outputs["ray_samples_list"])
+        if (config.inter_level or config.transparency) and self.step % config.tree_every == 0:
+            losses.update(self._tree_losses())
+        self.camera_optimizer.get_loss_dict(losses)
+        return losses
+
+    def _tree_losses(self) -> dict[str, Tensor]:
+        config, octree = self.config.losses, self.field.octree
+        drawn = tree_losses.random_points_in_nodes(
+            octree, int(self.field.active_level), config.tree_nodes, config.tree_points
+        )
+        if drawn is None:
+            return {}
+
+        def density_fn(points: Tensor, level: int) -> Tensor:
+            return self.field.density_at(points, None, max_level=level)
+
+        losses = {}
+        if config.inter_level:
+            losses["inter_level_loss"] = config.inter_level * tree_losses.inter_level(*drawn, octree, density_fn)
+        if config.transparency:
+            losses["transparency_loss"] = config.transparency * tree_losses.transparency(*drawn, octree, density_fn)
+        return losses
+
+    def get_image_metrics_and_images(
+        self, outputs: dict[str, Tensor], batch: dict[str, Any]
+    ) -> tuple[dict[str, float], dict[str, Tensor]]:
+        """PSNR and SSIM of one image (LPIPS where its weights are at hand), and images to look at."""
+        from infnerf_ns.image_metrics import image_metrics
+
+        target = self.renderer_rgb.blend_background(batch["image"].to(outputs["rgb"].device))
+        predicted = outputs["rgb"]
+        metrics = image_metrics(predicted, target, batch.get("mask"))
+        images = {
+            "img": torch.cat([target, predicted], dim=1),
+            "accumulation": colormaps.apply_colormap(outputs["accumulation"]),
+            "depth": colormaps.apply_depth_colormap(outputs["depth"], accumulation=outputs["accumulation"]),
+            "level": outputs["level"],
+        }
+        if "normals" in outputs:
+            images["normals"] = outputs["normals"]
+        return metrics, images

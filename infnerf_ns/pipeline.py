@@ -1,0 +1,163 @@
+"""The nerfstudio pipeline of InfNeRF: evaluation at every level of the photo pyramid.
+
+``ns-eval`` and the periodic evaluation report each metric for every pyramid level (``psnr_1``, ``psnr_1/2``, ...) and its mean over
+the levels under the plain name (``psnr``).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections import defaultdict
+from dataclasses import dataclass
+from pathlib import Path
+from time import perf_counter
+from typing import Annotated, Any, Literal, Optional, Type
+
+import torch
+import torchvision
+from nerfstudio.cameras.cameras import Cameras
+from nerfstudio.data.datamanagers.base_datamanager import DataManagerConfig
+from nerfstudio.models.base_model import ModelConfig
+from nerfstudio.pipelines.base_pipeline import VanillaPipeline, VanillaPipelineConfig
+from nerfstudio.utils import profiler
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from torch import Tensor
+
+from infnerf_ns.data.pyramid_datamanager import PyramidDataManager, PyramidDataManagerConfig
+from infnerf_ns.model import APPEARANCE, InfNeRFModel, InfNeRFModelConfig
+from infnerf_ns.validation import Range
+
+
+@dataclass
+class InfNeRFPipelineConfig(VanillaPipelineConfig):
+    """Data, model and evaluation protocol."""
+
+    _target: Type = dataclasses.field(default_factory=lambda: InfNeRFPipeline)
+    datamanager: DataManagerConfig = dataclasses.field(default_factory=PyramidDataManagerConfig)
+    """The photos as pyramids."""
+    model: ModelConfig = dataclasses.field(default_factory=InfNeRFModelConfig)
+    """The octree of NeRFs."""
+    eval_protocol: Literal["full", "half"] = "full"
+    """full: whole held-out photos with the mean appearance code; half: the paper's protocol, the code of a held-out photo is fitted on
+    its left half and the metrics are taken on the right half."""
+    half_fit_steps: Annotated[int, Range(1, 10_000)] = 50
+    """Steps of that fit."""
+    half_fit_lr: Annotated[float, Range(1e-6, 1.0, warn_above=0.1)] = 0.02
+    """Learning rate of that fit."""
+
+
+class InfNeRFPipeline(VanillaPipeline):
+    """Evaluates per pyramid level; everything else is nerfstudio's."""
+
+    config: InfNeRFPipelineConfig
+    datamanager: PyramidDataManager
+
+    @property
+    def model(self) -> InfNeRFModel:
+        """The model, without the wrapper of distributed training."""
+        return super().model  # type: ignore[return-value]
+
+    def _fit_appearance(self, camera: Cameras, batch: dict[str, Any]) -> Optional[Tensor]:
+        """Appearance code [A] of a held-out photo, fitted on its left half; None where the model has no codes."""
+        table = self.model.field.appearance
+        if table is None:
+            return None
+        image = batch["image"][..., :3].to(self.device)
+        height, half = image.shape[0], image.shape[1] // 2
+        code = table.weight.detach().mean(dim=0).clone().requires_grad_()
+        optimizer = torch.optim.Adam([code], lr=self.config.half_fit_lr)
+        rays = camera.to(self.device).generate_rays(camera_indices=0, keep_shape=True)[:, :half].flatten()
+        target = image[:, :half].reshape(-1, 3)
+        seen = batch["mask"][:, :half].reshape(-1).bool().to(self.device) if "mask" in batch else None
+        candidates = torch.arange(height * half, device=target.device) if seen is None else torch.nonzero(seen)[:, 0]
+        if len(candidates) == 0:
+            return code.detach()
+        generator = torch.Generator().manual_seed(0)
+        normals, self.model.config.render_normals = self.model.config.render_normals, False
+        try:
+            for _ in range(self.config.half_fit_steps):
+                chosen = candidates[torch.randint(len(candidates), (1024,), generator=generator).to(candidates.device)]
+                bundle = rays[chosen]
+                bundle.metadata[APPEARANCE] = code.expand(len(chosen), -1)
+                with torch.enable_grad():
+                    loss = (self.model(bundle)["rgb"] - target[chosen]).square().mean()
+                    (code.grad,) = torch.autograd.grad(loss, code)
+                optimizer.step()
+        finally:
+            self.model.config.render_normals = normals
+        return code.detach()
+
+    def evaluate_photo(self, camera: Cameras, batch: dict[str, Any]) -> tuple[dict[str, float], dict[str, Tensor]]:
+        """Metrics of one held-out photo at every pyramid level and their means, and images to look at."""
+        half = self.config.eval_protocol == "half"
+        code = self._fit_appearance(camera, batch) if half else None
+        metrics: dict[str, float] = {}
+        images: dict[str, Tensor] = {}
+        per_level = defaultdict(list)
+        num_rays, start = 0, perf_counter()
+        for level, camera_at_level, image, mask in self.datamanager.eval_pyramid(camera, batch):
+            rays = camera_at_level.to(self.device).generate_rays(camera_indices=0, keep_shape=True)
+            if code is not None:
+                rays.metadata[APPEARANCE] = code.expand(*rays.shape, -1)
+            outputs = self.model.get_outputs_for_camera_ray_bundle(rays)
+            num_rays += len(rays)
+            photo = {"image": image} if mask is None else {"image": image, "mask": mask}
+            if half:
+                right = image.shape[1] // 2
+                outputs = {name: value[:, right:] for name, value in outputs.items()}
+                photo = {name: value[:, right:] for name, value in photo.items()}
+            level_metrics, level_images = self.model.get_image_metrics_and_images(outputs, photo)
+            scale = "1" if level == 0 else f"1/{2**level}"
+            for name, value in level_metrics.items():
+                metrics[f"{name}_{scale}"] = value
+                per_level[name].append(value)
+            images.update(level_images if level == 0 else {f"img_{2**level}": level_images["img"]})
+        metrics.update({name: sum(values) / len(values) for name, values in per_level.items()})
+        metrics["num_rays"] = num_rays
+        metrics["num_rays_per_sec"] = num_rays / (perf_counter() - start)
+        return metrics, images
+
+    @profiler.time_function
+    def get_eval_image_metrics_and_images(self, step: int) -> tuple[dict[str, float], dict[str, Tensor]]:
+        """One held-out photo, at every pyramid level."""
+        self.eval()
+        camera, batch = self.datamanager.next_eval_image(step)
+        metrics, images = self.evaluate_photo(camera, batch)
+        del metrics["num_rays_per_sec"]  # the trainer reports it from num_rays
+        self.train()
+        return metrics, images
+
+    @profiler.time_function
+    def get_average_image_metrics(
+        self,
+        data_loader: Any,
+        image_prefix: str,
+        step: Optional[int] = None,
+        output_path: Optional[Path] = None,
+        get_std: bool = False,
+    ) -> dict[str, float]:
+        """Mean (and spread) of the metrics over the photos of a loader; images are saved below ``output_path``."""
+        del step
+        self.eval()
+        if output_path is not None:
+            output_path.mkdir(exist_ok=True, parents=True)
+        rows = []
+        columns = (TextColumn("[progress.description]{task.description}"), BarColumn(), TimeElapsedColumn(), MofNCompleteColumn())
+        with Progress(*columns, transient=True) as progress:
+            task = progress.add_task("[green]Evaluating all images at all pyramid levels...", total=len(data_loader))
+            for number, (camera, batch) in enumerate(data_loader):
+                metrics, images = self.evaluate_photo(camera, batch)
+                metrics["fps"] = metrics["num_rays_per_sec"] / metrics.pop("num_rays")
+                rows.append(metrics)
+                for name, image in images.items() if output_path is not None else ():
+                    file = output_path / f"{image_prefix}_{name}_{number:04d}.png"
+                    torchvision.utils.save_image(image.permute(2, 0, 1).cpu(), file)
+                progress.advance(task)
+        self.train()
+        averages = {}
+        for name in rows[0]:
+            values = torch.tensor([row[name] for row in rows if name in row], dtype=torch.float64)
+            averages[name] = float(values.mean())
+            if get_std:
+                averages[f"{name}_std"] = float(values.std()) if len(values) > 1 else 0.0
+        return averages

@@ -1,0 +1,142 @@
+"""The LoD sampler: proposal rounds that route by the interval they represent, then the samples that the field evaluates.
+
+The sampler does not own the field: the caller passes ``density_fn(positions [M, 3], footprints [M]) -> [M]``. Early rounds have long
+intervals, so they touch only coarse nodes; what a round costs does not depend on how deep the tree is below.
+Source: mip-NeRF 360 (proposals, annealing), NerfAcc's comparison of samplers; design section 6.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Annotated, Callable
+
+import numpy as np
+import torch
+from jaxtyping import Float
+from nerfstudio.cameras.rays import RayBundle, RaySamples
+from nerfstudio.model_components.ray_samplers import PDFSampler, SpacedSampler
+from torch import Tensor, nn
+
+from infnerf_ns.footprint import cone_radius
+from infnerf_ns.validation import Range
+
+ORTHOGRAPHIC_FOOTPRINT = "orthographic_footprint"
+"""Key of the ray metadata that holds the footprint [R, 1] of parallel rays, scene units."""
+
+DensityFn = Callable[[Float[Tensor, "M 3"], Float[Tensor, "M"] | None], Float[Tensor, "M"]]
+
+
+@dataclass
+class SamplerConfig:
+    """How rays are sampled."""
+
+    proposal_samples: tuple[int, ...] = field(default_factory=lambda: (64, 32))
+    """Samples per ray of each proposal round."""
+    samples: Annotated[int, Range(4, 1024)] = 24
+    """Samples per ray that the field evaluates."""
+    anneal_steps: Annotated[int, Range(0, 1_000_000)] = 500
+    """Steps over which the proposal weights gain their full contrast."""
+    anneal_slope: Annotated[float, Range(0.1, 100.0)] = 10.0
+    """Slope of that schedule."""
+    proposal_warmup: Annotated[int, Range(0, 1_000_000)] = 1000
+    """Steps until the proposals are updated only every `proposal_update_every` steps."""
+    proposal_update_every: Annotated[int, Range(1, 100)] = 4
+    """Steps between two updates of the proposals after their warm-up."""
+    near_plane: Annotated[float, Range(0.0, 1e9)] | None = None
+    """Near plane in scene units; by default half of the 0.1 percentile of the SfM depths."""
+    far_factor: Annotated[float, Range(1.0, 1e6)] = 100.0
+    """Far plane, in edge lengths of the root cube."""
+    footprint_jitter: bool = True
+    """Training perturbs the footprint by 2**(u - 1/2), u uniform in 0..1, so that adjacent levels learn each other's samples."""
+
+
+class LoDSampler(nn.Module):
+    """Samples along rays by per-node proposals.
+
+    Args:
+        config: numbers of samples and schedules.
+        near: near plane, scene units.
+        bend: distance up to which the first round is spaced by the logarithm, and beyond by disparity; scene units.
+    """
+
+    def __init__(self, config: SamplerConfig, near: float, bend: float) -> None:
+        super().__init__()
+        self.config, self.near, self.far = config, near, config.far_factor * bend
+        bend = max(bend, 2 * near)
+
+        # Equal steps of log t are equal steps of footprint, what a level-of-detail tree wants; beyond the scene disparity, so that
+        # the background does not take half of the samples. Value and slope agree at the bend.
+        def spacing(t: Tensor) -> Tensor:
+            ratio = t / bend
+            return torch.where(ratio < 1, torch.log(ratio.clamp(min=1e-9)), 1 - 1 / ratio.clamp(min=1))
+
+        def inverse(s: Tensor) -> Tensor:
+            return bend * torch.where(s < 0, torch.exp(s.clamp(max=0)), 1 / (1 - s.clamp(min=0)).clamp(min=1e-9))
+
+        self.initial = SpacedSampler(spacing, inverse, train_stratified=True, single_jitter=True)
+        self.pdf = PDFSampler(include_original=False, single_jitter=True)
+
+    def anneal(self, step: int) -> float:
+        """Exponent of the proposal weights (mip-NeRF 360, section C)."""
+        if self.config.anneal_steps == 0:
+            return 1.0
+        progress, slope = float(np.clip(step / self.config.anneal_steps, 0, 1)), self.config.anneal_slope
+        return slope * progress / ((slope - 1) * progress + 1)
+
+    def updates_proposals(self, step: int) -> bool:
+        """Whether this training step trains the proposals."""
+        return step < self.config.proposal_warmup or step % self.config.proposal_update_every == 0
+
+    def forward(
+        self, rays: RayBundle, density_fn: DensityFn, step: int
+    ) -> tuple[RaySamples, list[Float[Tensor, "R S 1"]], list[RaySamples]]:
+        """Samples for the field, and weights and samples of every proposal round."""
+        rays.nears = torch.full_like(rays.origins[:, :1], self.near)
+        rays.fars = torch.full_like(rays.origins[:, :1], self.far)
+        trains = self.training and self.updates_proposals(step)
+        anneal = self.anneal(step) if self.training else 1.0
+        weights_list, samples_list = [], []
+        samples, weights = None, None
+        for count in self.config.proposal_samples:
+            if samples is None:
+                samples = self.initial(rays, num_samples=count)
+            else:
+                samples = self.pdf(rays, samples, weights.detach() ** anneal, num_samples=count)
+            with torch.set_grad_enabled(trains):
+                positions, footprints = sample_geometry(samples, of_interval=True)
+                density = density_fn(positions.reshape(-1, 3), None if footprints is None else footprints.reshape(-1))
+                weights = samples.get_weights(density.reshape(*positions.shape[:-1], 1))
+            weights_list.append(weights)
+            samples_list.append(samples)
+        samples = self.pdf(rays, samples, weights.detach() ** anneal, num_samples=self.config.samples)
+        return samples, weights_list, samples_list
+
+
+def sample_geometry(
+    samples: RaySamples, *, of_interval: bool = False, jitter: bool = False
+) -> tuple[Float[Tensor, "R S 3"], Float[Tensor, "R S"] | None]:
+    """Positions and footprints of ray samples.
+
+    Args:
+        samples: samples along rays.
+        of_interval: the footprint is at least half the interval's length (proposal rounds).
+        jitter: perturb the footprint by 2**(u - 1/2), one u per ray sample.
+
+    Returns:
+        World positions, and radii in scene units. The radii are None if the rays carry nerfstudio's placeholder
+        ``pixel_area == 1`` (texture export, nearest-camera render): no footprint is known, the finest level answers. Parallel rays
+        (orthographic cameras, ``pixel_area == 0``) have the radius ``ORTHOGRAPHIC_FOOTPRINT`` of their metadata everywhere.
+    """
+    frustums = samples.frustums
+    middle = (frustums.starts + frustums.ends) / 2
+    positions = frustums.origins + frustums.directions * middle
+    area = frustums.pixel_area[..., 0]
+    if bool((area[:1] == 1).all()) and bool((area == 1).all()):
+        return positions, None
+    constant = (samples.metadata or {}).get(ORTHOGRAPHIC_FOOTPRINT)
+    radii = cone_radius(middle[..., 0], area) if constant is None else constant[..., 0].expand_as(area).clone()
+    if of_interval:
+        radii = torch.maximum(radii, (frustums.ends - frustums.starts)[..., 0] / 2)
+    if jitter:
+        radii = radii * 2 ** (torch.rand_like(radii) - 0.5)
+    return positions, radii

@@ -1,0 +1,153 @@
+"""NodeAdam: exact Adam on the bank entries that a step touched, at a cost that does not grow with the tree.
+
+Adam over a whole bank reads and writes four arrays of the size of the model per step. NodeAdam visits the rows (nodes) and, in
+them, the blocks that the kernels flagged (:mod:`infnerf_ns.kernels.gradients`), and updates the entries whose gradient is not
+zero. Moments of untouched entries stay as they are, as in ``torch.optim.SparseAdam``; the bias correction counts the steps of
+each node's own, so a node that starts late starts like a new one.
+Why own code: torch's SparseAdam wants sparse gradient tensors, which cost a sort per step.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Type
+
+import numba as nb
+import numpy as np
+import torch
+from nerfstudio.engine.optimizers import AdamOptimizerConfig
+from torch import Tensor
+
+from infnerf_ns.kernels import bank_gradient, enable_bank_gradient
+from infnerf_ns.kernels.hash_numba import BLOCK_SHIFT
+
+
+class NodeAdam(torch.optim.Optimizer):
+    """Adam (Kingma and Ba 2015) on the touched entries of banks ``[nodes, page]``.
+
+    Args:
+        params: bank Parameters.
+        lr: learning rate.
+        betas: decay of the two moments.
+        eps: added to the root of the second moment.
+    """
+
+    def __init__(self, params, lr: float = 1e-2, betas: tuple[float, float] = (0.9, 0.99), eps: float = 1e-15) -> None:
+        super().__init__(params, {"lr": lr, "betas": betas, "eps": eps})
+        for group in self.param_groups:
+            for bank in group["params"]:
+                enable_bank_gradient(bank)
+
+    def _moments(self, bank: Tensor) -> dict:
+        state = self.state[bank]
+        if "exp_avg" not in state or state["exp_avg"].shape != bank.shape:
+            # numpy's zeros map fresh pages lazily: memory is used only for nodes that were really trained.
+            empty = (lambda: torch.from_numpy(np.zeros(bank.shape, np.float32))) if bank.device.type == "cpu" else (
+                lambda: torch.zeros_like(bank)
+            )
+            state["exp_avg"], state["exp_avg_sq"] = empty(), empty()
+            state["row_steps"] = torch.zeros(len(bank), dtype=torch.int64, device=bank.device)
+        return state
+
+    @torch.no_grad()
+    def step(self, closure=None) -> None:  # noqa: ANN001
+        """One update of what the last backward passes touched; its gradients are cleared on the way."""
+        del closure
+        for group in self.param_groups:
+            for bank in group["params"]:
+                if bank.grad is None or bank.numel() == 0:
+                    continue
+                state = self._moments(bank)
+                held = bank_gradient(bank)
+                if held is None:
+                    _dense_step(bank, state, group)
+                    continue
+                rows = np.flatnonzero(held.rows.numpy())
+                state["row_steps"][torch.from_numpy(rows)] += 1
+                _touched_step(
+                    bank.detach().numpy(), held.grad.numpy(), held.touched.numpy(), rows, state["row_steps"].numpy(),
+                    state["exp_avg"].numpy(), state["exp_avg_sq"].numpy(), group["lr"], *group["betas"], group["eps"],
+                )  # fmt: skip
+                held.rows.zero_()
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """Clears what was touched since the last step (nothing, normally: :meth:`step` clears as it goes)."""
+        for group in self.param_groups:
+            for bank in group["params"]:
+                held = bank_gradient(bank)
+                if held is None:
+                    bank.grad = None if set_to_none or bank.grad is None else bank.grad.zero_()
+                    continue
+                rows = np.flatnonzero(held.rows.numpy())
+                if len(rows):
+                    _clear(held.grad.numpy(), held.touched.numpy(), rows)
+                    held.rows.zero_()
+
+
+def _dense_step(bank: Tensor, state: dict, group: dict) -> None:
+    """The same update in torch, for devices without an in-place gradient."""
+    touched = bank.grad != 0
+    rows = touched.any(dim=1)
+    state["row_steps"] += rows
+    beta1, beta2 = group["betas"]
+    steps = state["row_steps"].clamp(min=1).double()[:, None]
+    for name, beta, power in (("exp_avg", beta1, 1), ("exp_avg_sq", beta2, 2)):
+        moment = state[name]
+        moment.copy_(torch.where(touched, beta * moment + (1 - beta) * bank.grad**power, moment))
+    rate = (group["lr"] / (1 - beta1**steps)).float()
+    root = (state["exp_avg_sq"] / (1 - beta2**steps).float()).sqrt() + group["eps"]
+    bank.sub_(torch.where(touched, rate * state["exp_avg"] / root, torch.zeros_like(bank)))
+
+
+@nb.njit(parallel=True, cache=True, fastmath=True, error_model="numpy", boundscheck=False)
+def _touched_step(bank, grad, touched, rows, row_steps, exp_avg, exp_avg_sq, lr, beta1, beta2, eps):
+    page = bank.shape[1]
+    blocks = touched.shape[1]
+    shares = 8  # several shares per node, so that one node alone still keeps all threads busy
+    for task in nb.prange(len(rows) * shares):
+        r = rows[task // shares]
+        b1, b2, small = np.float32(beta1), np.float32(beta2), np.float32(eps)
+        rate = np.float32(lr / (1 - beta1 ** row_steps[r]))
+        correction = np.float32(1 / np.sqrt(1 - beta2 ** row_steps[r]))
+        share = task % shares
+        for block in range(blocks * share // shares, blocks * (share + 1) // shares):
+            if touched[r, block] == 0:
+                continue
+            touched[r, block] = 0
+            for k in range(block << BLOCK_SHIFT, min((block + 1) << BLOCK_SHIFT, page)):
+                g = grad[r, k]
+                if g != 0:
+                    m = b1 * exp_avg[r, k] + (np.float32(1) - b1) * g
+                    v = b2 * exp_avg_sq[r, k] + (np.float32(1) - b2) * g * g
+                    exp_avg[r, k] = m
+                    exp_avg_sq[r, k] = v
+                    bank[r, k] -= rate * m / (np.sqrt(v) * correction + small)
+                    grad[r, k] = np.float32(0)
+
+
+@nb.njit(cache=True)
+def _clear(grad, touched, rows):
+    page = grad.shape[1]
+    for r in rows:
+        for block in range(touched.shape[1]):
+            if touched[r, block]:
+                touched[r, block] = 0
+                for k in range(block << BLOCK_SHIFT, min((block + 1) << BLOCK_SHIFT, page)):
+                    grad[r, k] = np.float32(0)
+
+
+@dataclass
+class NodeAdamOptimizerConfig(AdamOptimizerConfig):
+    """Adam on the touched entries of the node banks."""
+
+    _target: Type = field(default_factory=lambda: NodeAdam)
+    lr: float = 1e-2
+    """Learning rate."""
+    eps: float = 1e-15
+    """Added to the root of the second moment."""
+    betas: tuple[float, float] = (0.9, 0.99)
+    """Decay of the two moments."""
+
+    def setup(self, params) -> torch.optim.Optimizer:
+        """The optimizer (nerfstudio's ``weight_decay`` does not apply: it would visit every entry)."""
+        return NodeAdam(params, lr=self.lr, betas=self.betas, eps=self.eps)
