@@ -1,0 +1,206 @@
+"""The demo scene on disk: made once, complete or not there at all, checked on every use.
+
+A folder per set of options holds ``scene.json`` (options, photo names, sizes and checksums), ``scene.npz`` (cameras and
+points) and the photos. It is made under another name beside it and renamed when complete. Of two processes
+that make the same scene at once, the second to finish drops its own.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import uuid
+import zlib
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import numpy as np
+from jaxtyping import Float32
+from nerfstudio.utils.rich_utils import CONSOLE
+from PIL import Image
+from rich.progress import track
+
+from infnerf_ns.data.demo_scene import points as surface_points
+from infnerf_ns.data.demo_scene.flight import natural_count, plan_flight
+from infnerf_ns.data.demo_scene.photographer import Lens, Photographer
+from infnerf_ns.data.demo_scene.points import SurfacePoints
+from infnerf_ns.data.demo_scene.raycaster import make_raycaster
+from infnerf_ns.data.demo_scene.town import BLOCK, build_town
+from infnerf_ns.errors import InputError
+
+FORMAT = 1
+"""Raised whenever the same options give another scene."""
+_FOCAL_PER_WIDTH = 0.5 / np.tan(np.radians(30))
+
+
+@dataclass(frozen=True)
+class DemoSceneOptions:
+    """What a scene depends on."""
+
+    size: int = 2
+    seed: int = 0
+    num_photos: int = 0
+    width: int = 320
+    height: int = 240
+    supersampling: int = 4
+
+    def __post_init__(self) -> None:
+        if not self.num_photos:
+            object.__setattr__(self, "num_photos", natural_count(self.size))
+
+    @property
+    def lens(self) -> Lens:
+        """60 degrees across the width."""
+        return Lens(self.width, self.height, float(self.width * _FOCAL_PER_WIDTH))
+
+    @property
+    def folder_name(self) -> str:
+        """Tells scenes apart in the cache."""
+        return (
+            f"town{self.size}-seed{self.seed}-{self.num_photos}photos-{self.width}x{self.height}"
+            f"-ss{self.supersampling}-v{FORMAT}"
+        )
+
+
+@dataclass
+class DemoScene:
+    """A scene on disk. Metres, z up."""
+
+    options: DemoSceneOptions
+    photos: list[Path]
+    poses: Float32[np.ndarray, "p 3 4"]
+    """Camera to world, OpenGL axes."""
+    look_distance: Float32[np.ndarray, "p"]
+    """From each camera to the surface in the middle of its photo."""
+    points: SurfacePoints
+
+
+def load_or_generate(options: DemoSceneOptions, cache_dir: Path) -> DemoScene:
+    """The scene from the cache, made there first if it is missing or damaged.
+
+    Raises:
+        InputError: the cache folder cannot be written.
+    """
+    folder = cache_dir / options.folder_name
+    scene = _load(options, folder)
+    if scene is not None:
+        return scene
+    if folder.exists():
+        CONSOLE.log(f"[yellow]infnerf-demo: {folder} is incomplete or damaged and is made again")
+    draft = cache_dir / f".{options.folder_name}.{uuid.uuid4().hex}"
+    try:
+        draft.mkdir(parents=True)
+        _generate(options, draft)
+        scene = _publish(options, draft, folder)
+    except OSError as error:
+        raise InputError(
+            f"cannot write the demo scene into {cache_dir} ({error.strerror or error}): "
+            "free some space there or choose another folder with --cache-dir"
+        ) from error
+    finally:
+        shutil.rmtree(draft, ignore_errors=True)
+    return scene
+
+
+def _publish(options: DemoSceneOptions, draft: Path, folder: Path) -> DemoScene:
+    """Rename the finished draft to its place; where a good scene has come there meanwhile, take that one."""
+    for _ in range(3):
+        scene = _load(options, folder)
+        if scene is not None:
+            return scene
+        if folder.exists():
+            damaged = draft.with_name(f".{uuid.uuid4().hex}.damaged")
+            try:
+                folder.rename(damaged)
+            except FileNotFoundError:
+                pass
+            shutil.rmtree(damaged, ignore_errors=True)
+        try:
+            draft.rename(folder)
+        except OSError:
+            if not folder.exists():
+                raise
+    scene = _load(options, folder)
+    if scene is None:
+        raise OSError(f"{folder} keeps changing")
+    return scene
+
+
+def _generate(options: DemoSceneOptions, folder: Path) -> None:
+    town = build_town(options.size, options.seed)
+    rays = make_raycaster(town.mesh.corners)
+    poses, look_distance = plan_flight(town, rays, options.num_photos, options.seed)
+    photographer = Photographer(town, rays, options.lens, options.supersampling)
+    per_photo = min(surface_points.POINTS_PER_PHOTO, max(surface_points.MAX_POINTS // options.num_photos, 40))
+
+    def take(i: int):
+        photo = photographer.photo(poses[i])
+        path = folder / f"{i:05d}.png"
+        Image.fromarray(photo).save(path)
+        rng = np.random.default_rng([options.seed, i, 2])
+        picked = surface_points.pick_points(rays, options.lens, poses[i], photo, per_photo, rng)
+        return {"name": path.name, **_fingerprint(path)}, picked
+
+    everything = range(options.num_photos)
+    title = f"Photographing the demo town ({len(town.mesh.corners)} triangles)"
+    with _threads() as pool:
+        taken = list(track(pool.map(take, everything), title, total=len(everything), console=CONSOLE))
+        photos = [entry for entry, _ in taken]
+        xyz, rgb, pixel = (np.concatenate([picked[k] for _, picked in taken]) for k in range(3))
+        source = np.repeat(np.arange(len(taken), dtype=np.int32), [len(picked[0]) for _, picked in taken])
+        keep = surface_points.distinct(xyz, pixel)
+        xyz, rgb, source = xyz[keep], rgb[keep], source[keep]
+        culled = surface_points.CulledPoints(xyz, BLOCK)
+        seen = list(pool.map(lambda i: culled.seen_from(rays, options.lens, poses[i]), everything))
+    np.savez(
+        folder / "scene.npz",
+        poses=poses,
+        look_distance=look_distance,
+        xyz=xyz,
+        rgb=rgb,
+        source=source,
+        seen_point=np.concatenate(seen),
+        seen_photo=np.repeat(np.arange(len(seen), dtype=np.int32), [len(s) for s in seen]),
+    )
+    arrays = _fingerprint(folder / "scene.npz")
+    (folder / "scene.json").write_text(
+        json.dumps({"format": FORMAT, "options": asdict(options), "arrays": arrays, "photos": photos}, indent=1)
+    )
+
+
+@contextmanager
+def _threads() -> Iterator[ThreadPoolExecutor]:
+    """A thread per processor; an error or Ctrl-C drops what has not begun."""
+    with ThreadPoolExecutor(os.cpu_count() or 1) as pool:
+        try:
+            yield pool
+        except BaseException:
+            pool.shutdown(wait=False, cancel_futures=True)
+            raise
+
+
+def _fingerprint(path: Path) -> dict[str, int]:
+    content = path.read_bytes()
+    return {"bytes": len(content), "crc32": zlib.crc32(content)}
+
+
+def _load(options: DemoSceneOptions, folder: Path) -> DemoScene | None:
+    """The scene if it is there, complete and undamaged."""
+    try:
+        record = json.loads((folder / "scene.json").read_text())
+        if record["format"] != FORMAT or record["options"] != asdict(options):
+            return None
+        files = [("scene.npz", record["arrays"]), *((p["name"], p) for p in record["photos"])]
+        for name, expected in files:
+            if _fingerprint(folder / name) != {"bytes": expected["bytes"], "crc32": expected["crc32"]}:
+                return None
+        with np.load(folder / "scene.npz") as arrays:
+            points = SurfacePoints(*(arrays[name] for name in ("xyz", "rgb", "source", "seen_point", "seen_photo")))
+            poses, look_distance = arrays["poses"], arrays["look_distance"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+    return DemoScene(options, [folder / p["name"] for p in record["photos"]], poses, look_distance, points)
