@@ -1,0 +1,200 @@
+"""Checks of a capture before training starts. What is wrong ends in one line that names the file and the remedy.
+
+:func:`check_config` looks at what the dataparser is going to read, :func:`explain` turns the exception of a dataparser
+into that one line, :func:`check_outputs` looks at what the dataparser made of it. Decoding the photos, the last check,
+is what loading does.
+"""
+
+from __future__ import annotations
+
+import json
+from json import JSONDecodeError
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from nerfstudio.data.dataparsers.base_dataparser import DataParserConfig, DataparserOutputs
+from nerfstudio.data.dataparsers.nerfstudio_dataparser import NerfstudioDataParserConfig
+from PIL import Image
+
+from infnerf_ns.errors import InputError
+
+MIN_TRAIN_PHOTOS = 2
+ROTATION_TOLERANCE = 1e-3
+"""Largest entry of ``R^T R - I`` that still counts as a rotation."""
+SIZE_TOLERANCE = 1
+"""Pixels by which a photo may differ from its camera (downscaled copies are rounded in different ways)."""
+
+
+def transforms_file(config: DataParserConfig) -> Path | None:
+    """The ``transforms.json`` that nerfstudio's dataparser reads; None for other dataparsers."""
+    if not isinstance(config, NerfstudioDataParserConfig):
+        return None
+    return config.data if config.data.suffix == ".json" else config.data / "transforms.json"
+
+
+def check_config(config: DataParserConfig) -> None:
+    """Checks the files that a dataparser is going to read.
+
+    Raises:
+        InputError: ``transforms.json`` is missing, is not JSON, lists no photos, or holds a pose that is no pose.
+    """
+    path = transforms_file(config)
+    if path is None:
+        return
+    if not config.data.exists():
+        raise InputError(f"the data folder {config.data} does not exist: check --data")
+    if not path.exists():
+        raise InputError(
+            f"{path} does not exist: run ns-process-data on the photos, "
+            "or choose the dataparser that fits the folder (e.g. 'colmap')"
+        )
+    try:
+        meta = json.loads(path.read_text(encoding="utf-8"))
+    except (JSONDecodeError, UnicodeDecodeError) as error:
+        raise InputError(f"{path} is not valid JSON ({error}): write it again with ns-process-data") from error
+    frames = meta.get("frames") if isinstance(meta, dict) else None
+    if not frames:
+        raise InputError(f"{path} lists no photos: its 'frames' are empty or missing")
+    if len(frames) < MIN_TRAIN_PHOTOS:
+        raise InputError(f"{path} lists {len(frames)} photo and training needs at least {MIN_TRAIN_PHOTOS}: add photos")
+    for index, frame in enumerate(frames):
+        _check_frame(frame, index, path)
+
+
+def _check_frame(frame: Any, index: int, path: Path) -> None:
+    """One entry of ``frames``: a photo's name and a finite pose."""
+    if not isinstance(frame, dict) or "file_path" not in frame:
+        raise InputError(f"{path}: frame {index} has no 'file_path': name its photo or remove the frame")
+    name = frame["file_path"]
+    try:
+        pose = np.asarray(frame["transform_matrix"], dtype=np.float64)
+    except (KeyError, TypeError, ValueError) as error:
+        raise InputError(f"{path}: photo {name} has no readable 'transform_matrix': remove the frame") from error
+    if pose.shape not in ((4, 4), (3, 4)):
+        raise InputError(f"{path}: the pose of photo {name} is not a 4x4 matrix: remove the frame")
+    _check_pose(pose[:3], str(name), str(path))
+
+
+def _check_pose(pose: np.ndarray, name: str, source: str) -> None:
+    """A finite camera-to-world matrix [3, 4] with a proper rotation."""
+    if not np.isfinite(pose).all():
+        raise InputError(
+            f"{source}: the pose of photo {name} holds NaN or infinite numbers: remove the photo from the capture"
+        )
+    rotation = pose[:, :3]
+    error = np.abs(rotation.T @ rotation - np.eye(3)).max()
+    if error > ROTATION_TOLERANCE or np.linalg.det(rotation) < 0:
+        reason = f"R^T R differs from I by {error:.2g}" if error > ROTATION_TOLERANCE else "it mirrors"
+        raise InputError(
+            f"{source}: the pose of photo {name} is no rotation ({reason}): poses must be camera-to-world matrices "
+            "without scale; correct it or remove the photo from the capture"
+        )
+
+
+def explain(error: Exception, config: DataParserConfig) -> InputError:
+    """The one line for an exception of a dataparser; the original message stays in it."""
+    data = config.data
+    parser = type(config).__name__.removesuffix("Config")
+    if not data.exists() and isinstance(error, (AssertionError, OSError, ValueError)):
+        return InputError(f"the data folder {data} does not exist: check --data ({parser}: {error})")
+    if isinstance(error, EOFError):
+        return InputError(
+            f"{parser} asks a question about {data} and there is no terminal to answer it: prepare the downscaled "
+            "photos (images_2, images_4, ...) or give --downscale-factor 1 after the dataparser's name"
+        )
+    if isinstance(error, FileNotFoundError):
+        return InputError(
+            f"{parser}: {error.filename or error} does not exist: restore the file or take it out of the capture"
+        )
+    if isinstance(error, JSONDecodeError):
+        return InputError(f"{parser}: a JSON file in {data} is not valid ({error}): write it again")
+    if isinstance(error, KeyError):
+        return InputError(
+            f"{parser}: the capture in {data} lacks the entry {error}: add it or process the photos again"
+        )
+    if isinstance(error, ZeroDivisionError):
+        return InputError(
+            f"{parser}: the photos in {data} are all taken from one place, which leaves the scene without a scale "
+            f"({error}): check the poses"
+        )
+    return InputError(f"{parser} cannot read the capture in {data}: {type(error).__name__}: {error}")
+
+
+def check_outputs(outputs: DataparserOutputs, split: str, *, photos: bool = True) -> None:
+    """Checks the photos, masks and cameras of one split, without decoding a photo.
+
+    Args:
+        outputs: of the dataparser.
+        split: its name, ``train`` or another; only the train split needs photos.
+        photos: whether the files are looked at. The viewer and camera-path renders do not need them.
+
+    Raises:
+        InputError: fewer than two train photos, list lengths that differ, poses or intrinsics that are not usable,
+            photos or masks that are missing, unreadable, or of a wrong size.
+    """
+    names, cameras = outputs.image_filenames, outputs.cameras
+    if split == "train" and len(names) < MIN_TRAIN_PHOTOS:
+        raise InputError(
+            f"the train split has {len(names)} photo(s) and needs at least {MIN_TRAIN_PHOTOS}: "
+            "add photos, or change --eval-mode / --train-split-fraction / --eval-interval of the dataparser"
+        )
+    if len(names) != len(cameras):
+        raise InputError(
+            f"the {split} split has {len(names)} photos but {len(cameras)} cameras: list every photo with its pose"
+        )
+    masks = outputs.mask_filenames
+    if masks is not None and len(masks) != len(names):
+        raise InputError(
+            f"the {split} split has {len(names)} photos but {len(masks)} masks: give every photo a mask or none"
+        )
+    for name, pose, focal in zip(
+        names, cameras.camera_to_worlds.cpu().double().numpy(), torch.cat([cameras.fx, cameras.fy], -1)
+    ):
+        _check_pose(pose, str(name), f"{split} split")
+        if not bool((torch.isfinite(focal) & (focal > 0)).all()):
+            raise InputError(f"the focal length of photo {name} is {focal.tolist()}: correct fl_x / fl_y")
+    if photos:
+        _check_files(outputs, split)
+
+
+def _check_files(outputs: DataparserOutputs, split: str) -> None:
+    """Photos and masks exist, and have the sizes of their cameras."""
+    names, masks, cameras = outputs.image_filenames, outputs.mask_filenames, outputs.cameras
+    for kind, files in (("photo", names), ("mask", masks or [])):
+        missing = [file for file in files if not Path(file).exists()]
+        if missing:
+            raise InputError(
+                f"{kind} {missing[0]} does not exist ({len(missing)} of {len(files)} missing in the {split} split): "
+                "restore the file or take it out of the capture"
+            )
+    for index, name in enumerate(names):
+        width, height = _image_size(name, "photo")
+        wanted = int(cameras.width[index]), int(cameras.height[index])
+        if abs(width - wanted[0]) > SIZE_TOLERANCE or abs(height - wanted[1]) > SIZE_TOLERANCE:
+            raise InputError(
+                f"photo {name} has {width} x {height} pixels but its camera {wanted[0]} x {wanted[1]}: "
+                "use the photos that the poses were computed for, or correct w and h"
+            )
+        if masks is not None and _image_size(masks[index], "mask") != (width, height):
+            size = "{} x {}".format(*_image_size(masks[index], "mask"))
+            raise InputError(f"mask {masks[index]} has {size} pixels but its photo {width} x {height}: make them equal")
+
+
+def _image_size(path: Path, kind: str) -> tuple[int, int]:
+    """Width and height from the header."""
+    try:
+        with Image.open(path) as image:
+            if kind == "mask" and len(image.getbands()) != 1:
+                raise InputError(
+                    f"mask {path} has {len(image.getbands())} channels: save it with one, 0 = ignore the pixel"
+                )
+            return image.size
+    except (OSError, SyntaxError, ValueError) as error:
+        raise unreadable(path, kind, error) from error
+
+
+def unreadable(path: Path, kind: str, error: Exception) -> InputError:
+    """The line for a photo or mask that cannot be decoded."""
+    return InputError(f"{kind} {path} cannot be read ({error}): replace the file or take it out of the capture")

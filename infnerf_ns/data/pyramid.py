@@ -1,0 +1,218 @@
+"""Area-filtered pyramids of photos, and uniform draws of their pixels.
+
+Level ``l`` of a photo of H x W pixels has ``H >> l`` x ``W >> l`` pixels; each is the mean of ``2**l x 2**l`` pixels
+of the photo itself (never of a rounded level), and what does not fill a block at the right and bottom is left out, so
+that level ``l`` is exactly the photo of a camera with ``fx / 2**l`` and ``cx / 2**l``. Pyramid supervision: InfNeRF,
+section 3.4.
+
+All photos and levels stand in one uint8 buffer, a *segment* per photo and level, in the order of photos, levels, rows,
+columns. P pixels in all, R drawn pixels, C channels.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import cv2
+import numpy as np
+import torch
+from jaxtyping import Bool, Float, Int, UInt8
+from numpy.typing import NDArray
+from torch import Tensor
+
+MIN_SIDE = 8
+"""A level has at least this many pixels along the shorter side."""
+_MAX_ROUNDS = 1000
+
+
+def num_levels(height: int, width: int, limit: int) -> int:
+    """Levels that a photo gets: at most ``limit``, the smaller side never below ``MIN_SIDE``, at least the photo
+    itself."""
+    levels = 1
+    while levels < limit and (min(height, width) >> levels) >= MIN_SIDE:
+        levels += 1
+    return levels
+
+
+def downsample(image: NDArray[np.uint8], level: int) -> NDArray[np.uint8]:
+    """Means over ``2**level`` x ``2**level`` blocks, rounded to uint8.
+
+    Args:
+        image: ``[H, W, C]`` uint8, C = 3 or 4. With 4 channels the colours are weighted by their alpha (the fourth
+            channel), so that compositing the level gives the mean of the composited photo.
+        level: pyramid level, 0 = the photo itself.
+
+    Returns:
+        ``[H >> level, W >> level, C]`` uint8.
+    """
+    if level == 0:
+        return image
+    height, width = image.shape[0] >> level, image.shape[1] >> level
+    image = image[: height << level, : width << level]
+    if image.shape[2] != 4:
+        return cv2.resize(image, (width, height), interpolation=cv2.INTER_AREA)
+    weighted = image.astype(np.float32)
+    weighted[..., :3] *= weighted[..., 3:] / 255.0
+    mean = cv2.resize(weighted, (width, height), interpolation=cv2.INTER_AREA)
+    mean[..., :3] *= 255.0 / np.maximum(mean[..., 3:], 1e-6)
+    return np.clip(np.rint(mean), 0, 255).astype(np.uint8)
+
+
+def downsample_mask(mask: NDArray[np.bool_], level: int) -> NDArray[np.bool_]:
+    """A pixel of a level is valid only if all its pixels of the photo are valid.
+
+    Args:
+        mask: ``[H, W]``, true = valid.
+    """
+    height, width = mask.shape[0] >> level, mask.shape[1] >> level
+    blocks = mask[: height << level, : width << level].reshape(height, 1 << level, width, 1 << level)
+    return blocks.all(axis=(1, 3))
+
+
+@dataclass
+class PixelDraw:
+    """R pixels drawn from a pyramid."""
+
+    photo: Int[Tensor, "r"]
+    level: Int[Tensor, "r"]
+    row: Int[Tensor, "r"]
+    """row within the level"""
+    column: Int[Tensor, "r"]
+    """column within the level"""
+    segment: Int[Tensor, "r"]
+    """index of (photo, level)"""
+    local: Int[Tensor, "r"]
+    """row * width + column"""
+    image: UInt8[Tensor, "r c"]
+
+
+class PixelPyramid:
+    """All levels of all photos in memory.
+
+    Photos are put in with :meth:`set_photo`, in any order and from any thread.
+
+    Args:
+        sizes: (height, width) per photo.
+        channels: 3, or 4 with alpha.
+        max_levels: levels per photo, fewer for small photos.
+        masked: whether photos come with masks.
+    """
+
+    def __init__(self, sizes: list[tuple[int, int]], channels: int, max_levels: int, masked: bool = False) -> None:
+        segments = [
+            (photo, level, height >> level, width >> level)
+            for photo, (height, width) in enumerate(sizes)
+            for level in range(num_levels(height, width, max_levels))
+        ]
+        photo, level, height, width = torch.tensor(segments, dtype=torch.int64).T.contiguous()
+        self.photo, self.level, self.height, self.width = photo, level, height, width
+        ends = torch.cumsum(height * width, dim=0)
+        self.start = torch.cat([ends.new_zeros(1), ends[:-1]])
+        """first pixel of each segment"""
+        self.num_pixels = int(ends[-1])
+        self.pixels = torch.empty((self.num_pixels, channels), dtype=torch.uint8)
+        self.valid: Bool[Tensor, "p"] | None = torch.ones(self.num_pixels, dtype=torch.bool) if masked else None
+        self._segments_of = [range(*_span(photo, index)) for index in range(len(sizes))]
+
+    def set_photo(self, photo: int, image: NDArray[np.uint8], mask: NDArray[np.bool_] | None = None) -> None:
+        """Fills all levels of one photo.
+
+        Args:
+            photo: index of the photo.
+            image: ``[H, W, C]`` uint8 with the announced size.
+            mask: ``[H, W]``, true = valid; only where the pyramid was made with ``masked``.
+        """
+        for segment in self._segments_of[photo]:
+            level, start = int(self.level[segment]), int(self.start[segment])
+            end = start + int(self.height[segment] * self.width[segment])
+            self.pixels[start:end] = torch.from_numpy(downsample(image, level)).reshape(end - start, -1)
+            if mask is not None:
+                assert self.valid is not None, "the pyramid was made without masks"
+                self.valid[start:end] = torch.from_numpy(downsample_mask(mask, level)).reshape(-1)
+
+    def any_valid(self) -> bool:
+        """Whether there is a pixel to draw."""
+        return self.valid is None or bool(self.valid.any())
+
+    def to(self, device: torch.device | str) -> PixelPyramid:
+        """Moves the buffers; pixels are then drawn on that device."""
+        for name in ("photo", "level", "height", "width", "start", "pixels", "valid"):
+            value = getattr(self, name)
+            setattr(self, name, None if value is None else value.to(device))
+        return self
+
+    def draw(self, num_rays: int, patch_size: int = 1, generator: torch.Generator | None = None) -> PixelDraw:
+        """Draws uniformly over the valid pixels of all levels; the same seed draws the same pixels.
+
+        Args:
+            num_rays: R; with patches, rounded down to whole patches.
+            patch_size: side of the square patches. A patch lies within one level and holds no masked pixel, and its
+                pixels follow each other row by row.
+            generator: source of randomness, on the device of the pyramid; the global one if None.
+
+        Raises:
+            ValueError: no valid pixel (or patch) was found.
+        """
+        flat = self._draw_corners(max(1, num_rays // patch_size**2), patch_size, generator)
+        if patch_size > 1:
+            steps = torch.arange(patch_size, device=flat.device)
+            width = self.width[self._segment(flat)]
+            flat = (flat[:, None, None] + steps[:, None] * width[:, None, None] + steps).reshape(-1)
+        segment = self._segment(flat)
+        local = flat - self.start[segment]
+        width = self.width[segment]
+        row = torch.div(local, width, rounding_mode="floor")
+        return PixelDraw(
+            self.photo[segment], self.level[segment], row, local - row * width, segment, local, self.pixels[flat]
+        )
+
+    def _segment(self, flat: Int[Tensor, "r"]) -> Int[Tensor, "r"]:
+        return torch.searchsorted(self.start, flat, right=True) - 1
+
+    def _draw_corners(self, count: int, patch_size: int, generator: torch.Generator | None) -> Int[Tensor, "n"]:
+        """Flat indices of pixels (upper left pixels of patches) that are valid: uniform by rejection."""
+        kept: list[Tensor] = []
+        missing = count
+        for _ in range(_MAX_ROUNDS):
+            flat = torch.randint(
+                self.num_pixels, (missing,), generator=generator, device=self.start.device, dtype=torch.int64
+            )
+            kept.append(flat[self._fits(flat, patch_size)])
+            missing -= len(kept[-1])
+            if missing == 0:
+                return kept[0] if len(kept) == 1 else torch.cat(kept)
+        raise ValueError(f"no {patch_size} x {patch_size} patch of valid pixels found in {_MAX_ROUNDS} rounds of draws")
+
+    def _fits(self, flat: Int[Tensor, "n"], patch_size: int) -> Bool[Tensor, "n"]:
+        """Whether the pixel (the patch right and below it) is inside its level and valid."""
+        if patch_size == 1:
+            return torch.ones_like(flat, dtype=torch.bool) if self.valid is None else self.valid[flat]
+        segment = self._segment(flat)
+        local, width = flat - self.start[segment], self.width[segment]
+        row = torch.div(local, width, rounding_mode="floor")
+        fits = (row + patch_size <= self.height[segment]) & (local - row * width + patch_size <= width)
+        if self.valid is not None:
+            steps = torch.arange(patch_size, device=flat.device)
+            inside = flat[:, None, None] + steps[:, None] * width[:, None, None] + steps
+            fits &= self.valid[inside.clamp(max=self.num_pixels - 1)].all(dim=-1).all(dim=-1)
+        return fits
+
+
+def _span(sorted_values: Int[Tensor, "s"], value: int) -> tuple[int, int]:
+    """First and one past the last index of ``value``."""
+    first, last = torch.searchsorted(sorted_values, torch.tensor([value, value + 1])).tolist()
+    return first, last
+
+
+def level_mean(image: Float[Tensor, "h w c"], level: int) -> Float[Tensor, "h2 w2 c"]:
+    """Block means of a float image, for the evaluation of one level; alpha-weighted with 4 channels, as
+    :func:`downsample`."""
+    if level == 0:
+        return image
+    height, width = image.shape[0] >> level, image.shape[1] >> level
+    blocks = image[: height << level, : width << level].reshape(height, 1 << level, width, 1 << level, -1)
+    if image.shape[2] != 4:
+        return blocks.mean(dim=(1, 3))
+    alpha = blocks[..., 3:]
+    colour = (blocks[..., :3] * alpha).mean(dim=(1, 3)) / alpha.mean(dim=(1, 3)).clamp(min=1e-6)
+    return torch.cat([colour, alpha.mean(dim=(1, 3))], dim=-1)

@@ -1,0 +1,364 @@
+"""The data manager: rays drawn uniformly over the pixels of all photos and all their pyramid levels.
+
+Pyramid supervision (InfNeRF, section 3.4): photos at 1, 1/2, ... 1/16, each ray with the pixel area of its own level,
+so the octree is trained at every level that a photo can show. All levels are in memory as uint8. Beside the datasets
+that nerfstudio expects, the train dataset's metadata carries the :class:`~infnerf_ns.data.sfm.SfMScene` that the model
+builds its octree from.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+import os
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import numpy as np
+import torch
+from jaxtyping import Bool, Float
+from nerfstudio.cameras.cameras import Cameras
+from nerfstudio.cameras.rays import RayBundle
+from nerfstudio.data.datamanagers.base_datamanager import DataManager, VanillaDataManager, VanillaDataManagerConfig
+from nerfstudio.data.dataparsers.base_dataparser import DataParser, DataParserConfig, DataparserOutputs
+from nerfstudio.data.dataparsers.nerfstudio_dataparser import Nerfstudio
+from nerfstudio.data.datasets.base_dataset import InputDataset
+from nerfstudio.data.pixel_samplers import PixelSamplerConfig
+from nerfstudio.data.utils.dataloaders import FixedIndicesEvalDataloader, RandIndicesEvalDataloader
+from nerfstudio.utils.rich_utils import CONSOLE
+from PIL import Image
+from rich.progress import track
+from torch import Tensor
+
+from infnerf_ns.data import checks
+from infnerf_ns.data.pyramid import PixelPyramid, downsample_mask, level_mean, num_levels
+from infnerf_ns.data.pyramid_rays import PyramidRays
+from infnerf_ns.data.sfm import build_sfm_scene, colmap_image_ids, ply_points
+from infnerf_ns.errors import InputError
+from infnerf_ns.validation import Range
+
+_TRACK_KEYS = ("points3D_image_ids", "points3D_points2D_xy", "colmap_image_ids")
+
+
+@dataclass
+class PyramidDataManagerConfig(VanillaDataManagerConfig):
+    """Pyramid data manager: rays over the pixels of all photos at 1, 1/2, 1/4 ... of their size."""
+
+    _target: type = field(default_factory=lambda: PyramidDataManager)
+    num_pyramid_levels: Annotated[int, Range(1, 16)] = 5
+    """Pyramid levels per photo: 1, 1/2 ... 1/16. A photo has fewer where a level would be smaller than 8 pixels."""
+    ray_table_mib: Annotated[int, Range(0)] = 512
+    """Memory for precomputed ray directions (16 bytes per pixel of one photo, photos with equal intrinsics share them).
+    If they do not fit, rays are computed anew for every batch, which is about 10 times slower."""
+
+
+@dataclass
+class _RaySource:
+    """The pixels of one split and the rays through them."""
+
+    pyramid: PixelPyramid
+    rays: PyramidRays
+
+    def batch(self, num_rays: int, patch_size: int) -> tuple[RayBundle, dict[str, Tensor]]:
+        """R random rays and their batch: image [R, C] in 0..1, indices [R, 3] (photo, row, column), pyramid_level
+        [R]."""
+        draw = self.pyramid.draw(num_rays, patch_size)
+        device = self.rays.cameras.device
+        batch = {
+            "image": draw.image.to(device).float() / 255.0,
+            "indices": torch.stack([draw.photo, draw.row, draw.column], dim=-1).to(device),
+            "pyramid_level": draw.level.to(device),
+        }
+        return self.rays(draw), batch
+
+
+class PyramidDataManager(VanillaDataManager):
+    """Data manager with photo pyramids.
+
+    Args:
+        config: all photos of a split are always in memory: ``*_num_images_to_sample_from`` and
+            ``*_num_times_to_repeat_images`` have no effect. With ``patch_size`` > 1 a batch consists of whole patches,
+            each within one photo and level.
+        device: where the rays and batches go; with ``images_on_gpu`` the pixels are kept there, too.
+        test_mode: ``val`` (training) loads all photos at once; ``test`` loads a split when its rays are first asked
+            for (most scripts never do); ``inference`` never looks at a photo.
+        world_size: number of processes.
+        local_rank: rank of this process on its machine.
+
+    Raises:
+        InputError: the capture is not usable.
+    """
+
+    config: PyramidDataManagerConfig
+
+    def __init__(
+        self,
+        config: PyramidDataManagerConfig,
+        device: torch.device | str = "cpu",
+        test_mode: Literal["test", "val", "inference"] = "val",
+        world_size: int = 1,
+        local_rank: int = 0,
+        **kwargs: Any,
+    ) -> None:
+        self.config = config
+        self.device = device
+        self.world_size = world_size
+        self.local_rank = local_rank
+        self.sampler = None
+        self.test_mode = test_mode
+        self.test_split = "val" if test_mode == "val" else "test"
+        if config.data is None:
+            config.data = config.dataparser.data
+        config.dataparser.data = Path(config.data)
+        self.dataparser_config = config.dataparser
+        checks.check_config(config.dataparser)
+
+        outputs = self._parse_train_split()
+        checks.check_outputs(outputs, "train", photos=test_mode != "inference")
+        cameras = copy.deepcopy(outputs.cameras)
+        cameras.rescale_output_resolution(config.camera_res_scale_factor)
+        scene = build_sfm_scene(outputs, cameras)
+        CONSOLE.log(f"{len(scene.points)} SfM points ({scene.source}), near plane {scene.near:.3g}")
+        kept = {key: value for key, value in outputs.metadata.items() if key not in _TRACK_KEYS}
+        outputs.metadata = {**kept, "sfm_scene": scene}
+
+        self.train_dataparser_outputs = outputs
+        self.dataparser = self._make_dataparser(_with_points(config.dataparser, False))
+        self.includes_time = self.dataparser.includes_time
+        self.train_dataset = self.create_train_dataset()
+        self.eval_dataset = self.create_eval_dataset()
+        self.exclude_batch_keys_from_device = self.train_dataset.exclude_batch_keys_from_device
+        DataManager.__init__(self)  # calls setup_train and setup_eval
+
+    def _make_dataparser(self, config: DataParserConfig) -> DataParser:
+        dataparser = config.setup()
+        if self.test_mode == "inference":
+            dataparser.downscale_factor = 1  # nerfstudio's way not to open photos
+        if isinstance(dataparser, Nerfstudio):
+            dataparser.prompted_user = True  # else it may ask whether to rewrite the capture
+            dataparser.create_pc = False
+        return dataparser
+
+    def _parse_train_split(self) -> DataparserOutputs:
+        """Outputs of the train split, with SfM points and tracks if there are any."""
+        config = self.config.dataparser
+        points_error = None
+        try:
+            outputs = self._make_dataparser(_with_points(config, True)).get_dataparser_outputs(split="train")
+        except Exception as error:
+            points_error = error
+            try:
+                outputs = self._make_dataparser(_with_points(config, False)).get_dataparser_outputs(split="train")
+            except Exception as other_error:
+                raise checks.explain(other_error, config) from other_error
+        if "points3D_xyz" not in outputs.metadata:
+            self._add_ply_points(outputs, points_error)
+        colmap_path = getattr(config, "colmap_path", None)
+        if colmap_path is not None and "points3D_image_ids" in outputs.metadata:
+            ids = colmap_image_ids(config.data / colmap_path, outputs.image_filenames)
+            outputs.metadata = {**outputs.metadata, "colmap_image_ids": ids}
+        return outputs
+
+    def _add_ply_points(self, outputs: DataparserOutputs, error: Exception | None) -> None:
+        """Reads the ply file of a ``transforms.json`` where the dataparser did not, or logs why there are no points."""
+        transforms = checks.transforms_file(self.config.dataparser)
+        meta = json.loads(transforms.read_text(encoding="utf-8")) if transforms is not None else {}
+        if transforms is not None and "ply_file_path" in meta:
+            path = transforms.parent / meta["ply_file_path"]
+            try:
+                points = ply_points(path, outputs, meta.get("applied_transform"))
+                outputs.metadata = {**outputs.metadata, **points}
+                return
+            except Exception as ply_error:  # whatever is wrong with the file, training can go on without it
+                error = ply_error
+                CONSOLE.log(f"[yellow]infnerf: no points from {path}, which {transforms} names")
+        if error is not None:
+            CONSOLE.log(f"[yellow]infnerf: the SfM points could not be read ({type(error).__name__}: {error})")
+
+    def create_eval_dataset(self) -> InputDataset:
+        """The held-out photos; may be empty. A capture without a ``val`` split gives its ``test`` split."""
+        try:
+            try:
+                outputs = self.dataparser.get_dataparser_outputs(split=self.test_split)
+            except FileNotFoundError as error:
+                if self.test_split != "val":
+                    raise
+                CONSOLE.log(
+                    f"[yellow]infnerf: no 'val' split ({error.filename or error}): the 'test' split is held out instead"
+                )
+                self.test_split = "test"
+                outputs = self.dataparser.get_dataparser_outputs(split=self.test_split)
+        except Exception as error:
+            raise checks.explain(error, self.config.dataparser) from error
+        checks.check_outputs(outputs, self.test_split, photos=self.test_mode != "inference")
+        return self.dataset_type(dataparser_outputs=outputs, scale_factor=self.config.camera_res_scale_factor)
+
+    def setup_train(self) -> None:
+        """Loads the train photos where a training follows."""
+        self.train_pixel_sampler = PixelSamplerConfig().setup(num_rays_per_batch=self.config.train_num_rays_per_batch)
+        if self.test_mode == "val":
+            _ = self._train_source
+
+    def setup_eval(self) -> None:
+        """Loads the held-out photos where a training follows."""
+        self.eval_pixel_sampler = PixelSamplerConfig().setup(num_rays_per_batch=self.config.eval_num_rays_per_batch)
+        if self.test_mode == "val":
+            _ = self._eval_source
+
+    @cached_property
+    def _train_source(self) -> _RaySource:
+        return self._load_source(self.train_dataset, "train", self.config.ray_table_mib << 20)
+
+    @cached_property
+    def _eval_source(self) -> _RaySource:
+        self._require_eval_photos()
+        return self._load_source(self.eval_dataset, "held-out", 0)
+
+    @cached_property
+    def fixed_indices_eval_dataloader(self) -> FixedIndicesEvalDataloader:
+        """All held-out photos in order."""
+        self._require_eval_photos()
+        return FixedIndicesEvalDataloader(input_dataset=self.eval_dataset, device=self.device)
+
+    @cached_property
+    def eval_dataloader(self) -> RandIndicesEvalDataloader:
+        """Random held-out photos."""
+        self._require_eval_photos()
+        return RandIndicesEvalDataloader(input_dataset=self.eval_dataset, device=self.device)
+
+    def _require_eval_photos(self) -> None:
+        if len(self.eval_dataset) == 0:
+            raise InputError(
+                f"the capture {self.config.data} has no held-out photos to evaluate: "
+                "change --eval-mode / --train-split-fraction / --eval-interval of the dataparser"
+            )
+
+    def _load_source(self, dataset: InputDataset, name: str, table_bytes: int) -> _RaySource:
+        pyramid = load_pyramid(
+            dataset, self.config.num_pyramid_levels, name, ignore_masks=self.config.pixel_sampler.ignore_mask
+        )
+        if not pyramid.any_valid():
+            raise InputError(f"the masks hide every pixel of the {name} photos: in a mask 0 means ignore")
+        if self.config.images_on_gpu:
+            pyramid.to(self.device)
+        return _RaySource(pyramid, PyramidRays(dataset.cameras.to(self.device), pyramid, table_bytes))
+
+    def next_train(self, step: int) -> tuple[RayBundle, dict[str, Tensor]]:
+        """R random rays of the train photos.
+
+        Returns:
+            rays [R] with the pixel area of their own level and the photo as camera index; batch with ``image [R, 3 or
+            4]`` float32 in 0..1, ``indices [R, 3]`` (photo, row, column; the latter two within the level) and
+            ``pyramid_level [R]`` int64.
+        """
+        self.train_count += 1
+        return self._train_source.batch(self.get_train_rays_per_batch(), self.config.patch_size)
+
+    def next_eval(self, step: int) -> tuple[RayBundle, dict[str, Tensor]]:
+        """R random rays of the held-out photos, as :meth:`next_train`."""
+        self.eval_count += 1
+        return self._eval_source.batch(self.get_eval_rays_per_batch(), self.config.patch_size)
+
+    def next_eval_image(self, step: int) -> tuple[Cameras, dict[str, Any]]:
+        """A random held-out photo at full size."""
+        return next(self.eval_dataloader)
+
+    def eval_pyramid(
+        self, camera: Cameras, batch: dict[str, Any]
+    ) -> Iterator[tuple[int, Cameras, Float[Tensor, "h w c"], Bool[Tensor, "h w 1"] | None]]:
+        """The pyramid of one held-out photo.
+
+        Args:
+            camera: shape (1,), at full size.
+            batch: its batch, with ``image [H, W, C]`` float in 0..1 and perhaps ``mask [H, W, 1]``.
+
+        Yields:
+            level, the camera at that level, the photo at that level (not rounded to uint8), its mask or None.
+        """
+        image = batch["image"]
+        mask = batch.get("mask")
+        for level in range(num_levels(*image.shape[:2], self.config.num_pyramid_levels)):
+            level_image = level_mean(image, level)
+            level_camera = copy.deepcopy(camera)
+            level_camera.rescale_output_resolution(0.5**level)
+            level_camera.height = torch.full_like(camera.height, level_image.shape[0])
+            level_camera.width = torch.full_like(camera.width, level_image.shape[1])
+            level_mask = None
+            if mask is not None:
+                level_mask = torch.from_numpy(downsample_mask(mask[..., 0].bool().cpu().numpy(), level))[..., None].to(
+                    mask.device
+                )
+            yield level, level_camera, level_image, level_mask
+
+
+def _with_points(config: DataParserConfig, points: bool) -> DataParserConfig:
+    """A copy of the dataparser's config that loads, or does not load, SfM points and their tracks."""
+    config = copy.copy(config)
+    if hasattr(config, "load_3D_points"):
+        config.load_3D_points = points
+    if hasattr(config, "max_2D_matches_per_3D_point"):
+        config.max_2D_matches_per_3D_point = -1 if points else 0
+    return config
+
+
+def load_pyramid(dataset: InputDataset, max_levels: int, name: str, ignore_masks: bool = False) -> PixelPyramid:
+    """Decodes all photos of a dataset, in threads, into a pyramid.
+
+    Args:
+        dataset: nerfstudio's; its scaling, alpha compositing and mask colour apply.
+        max_levels: pyramid levels per photo.
+        name: of the split, for the progress bar.
+        ignore_masks: draw masked pixels, too.
+
+    Raises:
+        InputError: a photo or mask cannot be decoded.
+    """
+    outputs = dataset._dataparser_outputs
+    headers = [_header(path) for path in dataset.image_filenames]
+    sizes = [(int(height * dataset.scale_factor), int(width * dataset.scale_factor)) for width, height, _ in headers]
+    composited = outputs.alpha_color is not None
+    channels = 3 if composited else max(3, max(bands for _, _, bands in headers))
+    crop_radius = (dataset.cameras.metadata or {}).get("fisheye_crop_radius")
+    masked = (outputs.mask_filenames is not None and not ignore_masks) or crop_radius is not None
+    pyramid = PixelPyramid(sizes, channels, max_levels, masked)
+    image_type = (
+        "float32" if composited or dataset.mask_color else "uint8"
+    )  # nerfstudio truncates composited uint8 colours
+
+    def load(index: int) -> None:
+        try:
+            data = dataset.get_data(index, image_type=image_type)
+        except Exception as error:
+            raise checks.unreadable(dataset.image_filenames[index], "photo", error) from error
+        image = data["image"].numpy()
+        if image.dtype != np.uint8:
+            image = np.rint(image * 255.0).astype(np.uint8)
+        if image.shape[2] < channels:
+            image = np.concatenate([image, np.full_like(image[..., :1], 255)], axis=-1)
+        mask = data["mask"][..., 0].numpy() if "mask" in data and not ignore_masks else None
+        if crop_radius is not None:
+            circle = _circle(image.shape[0], image.shape[1], float(crop_radius) * dataset.scale_factor)
+            mask = circle if mask is None else mask & circle
+        pyramid.set_photo(index, image, mask)
+
+    with ThreadPoolExecutor(max_workers=min(8, os.cpu_count() or 1)) as threads:
+        done = threads.map(load, range(len(dataset)))
+        for _ in track(done, f"Loading {len(dataset)} {name} photos", len(dataset), console=CONSOLE, transient=True):
+            pass
+    return pyramid
+
+
+def _header(path: Path) -> tuple[int, int, int]:
+    """Width, height and channels of a photo."""
+    with Image.open(path) as image:
+        return *image.size, len(image.getbands())
+
+
+def _circle(height: int, width: int, radius: float) -> np.ndarray:
+    """The pixels of a fisheye photo within ``radius`` of its centre, where nerfstudio's pixel sampler draws."""
+    rows, columns = np.ogrid[:height, :width]
+    return (rows - height // 2) ** 2 + (columns - width // 2) ** 2 <= radius**2

@@ -1,0 +1,396 @@
+"""The SfM scene: points, the footprint that the photos give them, and the near plane. The octree is built from it.
+
+N points, C cameras (the photos of the train split), camera axes as nerfstudio's (OpenGL: x right, y up, z backwards).
+A point's footprint is the finest over the photos that observe it, ``min z**2 / (f * ||p_cam||)`` (InfNeRF,
+supplement). Which photos observe a point comes from the best source there is:
+
+- ``tracks``: COLMAP's 2D-3D matches, or figures that the dataparser computed itself;
+- ``visibility``: points without tracks; a photo observes what projects into it and is not hidden by nearer points.
+  More photos than those with a match, so the second finest footprint counts: it agrees best with the tracks where both
+  are known;
+- ``frusta``: no points at all; they are spread over the part of the viewing frusta that several photos share.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+import numpy as np
+import torch
+from jaxtyping import Bool, Float, Int
+from nerfstudio.cameras.cameras import Cameras, CameraType
+from nerfstudio.data.dataparsers.base_dataparser import DataparserOutputs
+from nerfstudio.data.utils.colmap_parsing_utils import read_images_binary, read_images_text
+from nerfstudio.utils.rich_utils import CONSOLE
+from torch import Tensor
+
+from infnerf_ns.footprint import point_footprint
+
+MIN_PHOTOS = 3
+"""A point seen in fewer photos is dropped: its position is not reliable."""
+DEPTH_PERCENTILE = 0.001
+"""Share of the (photo, point) distances that may lie in front of twice the near plane."""
+POINTS_PER_CELL = 8
+"""Mean number of points per cell of the z-buffer that decides which points are hidden."""
+HIDDEN_TOLERANCE = 1.3
+"""A point is hidden behind its cell's front if it is this many times farther away."""
+FRUSTUM_GRID = 16
+"""Frustum points per photo, per image axis and in depth."""
+FRUSTUM_DEPTHS = (0.1, 2.0)
+"""Depth range of frustum points, relative to the depth at which the photos meet."""
+FINEST_FRUSTUM_DEPTH = 0.5
+"""Frustum points get no finer footprint than at this relative depth: nothing says that anything is there."""
+FRUSTUM_PHOTOS = 48
+"""Photos, evenly spaced in their order, whose frusta get points."""
+SHARED_PHOTOS = 8
+"""Parallel frusta meet at the depth where a typical point is seen by this many photos."""
+_MAX_KEPT_DISTANCES = 16_000_000
+_POINT_CHUNK = 65_536
+
+
+@dataclass
+class SfMScene:
+    """Points in the frame of the dataparser's cameras, with what the train photos say about their size."""
+
+    points: Float[Tensor, "n 3"]
+    """positions, scene units"""
+    footprints: Float[Tensor, "n"]
+    """radius of the ball that covers about one full-size pixel of the photo that sees the point best, scene units"""
+    num_photos: Int[Tensor, "n"]
+    """train photos that see the point"""
+    near: float
+    """half of the 0.1 percentile of the distances between cameras and the points that they see, scene units"""
+    source: Literal["tracks", "visibility", "frusta"]
+    """where the visibility comes from"""
+
+
+class _Observations(NamedTuple):
+    """What the photos say about all points: finest footprint [N] (inf = unseen), photos that see it [N], distances [K]
+    of a regular subset of all (photo, seen point) pairs and the index [K] of their points."""
+
+    footprints: Float[Tensor, "n"]
+    num_photos: Int[Tensor, "n"]
+    distances: Float[Tensor, "k"]
+    distance_points: Int[Tensor, "k"]
+
+
+class Projection(NamedTuple):
+    """Points in one photo."""
+
+    pixels: Float[Tensor, "n 2"]
+    """x and y in pixels, pixel centres at +0.5; only meaningful where ``inside``"""
+    depth: Float[Tensor, "n"]
+    """what the footprint formula calls z: along the optical axis for perspective cameras, else the distance; scene
+    units"""
+    distance: Float[Tensor, "n"]
+    """distance to the camera centre, scene units"""
+    inside: Bool[Tensor, "n"]
+    """in front of the camera and within the photo"""
+
+
+def build_sfm_scene(dataparser_outputs: DataparserOutputs, cameras: Cameras) -> SfMScene:
+    """Points, footprints and near plane of a capture.
+
+    Args:
+        dataparser_outputs: outputs of the *train* split. Its metadata may hold ``points3D_xyz [N, 3]`` and beside it
+            either ``points3D_track_footprint [N]`` (with ``points3D_num_points2D [N]`` and
+            ``points3D_depth_percentile``), or COLMAP's ``points3D_image_ids [N, T]`` (-1 = none) with
+            ``colmap_image_ids [C]``, the COLMAP id of every train photo.
+        cameras: the C train cameras at the resolution that is trained, in the order of the dataparser's.
+
+    Returns:
+        The scene, on the CPU. Points seen in fewer than 3 photos are dropped, unless the capture has fewer than 3
+        photos or no point would remain.
+    """
+    cameras = cameras.flatten().to("cpu")
+    metadata = dataparser_outputs.metadata
+    points = metadata.get("points3D_xyz")
+    if points is None or len(points) == 0:
+        return _frusta_scene(cameras, "the dataparser gives no SfM points")
+    points = torch.as_tensor(points).detach().to("cpu", torch.float32)
+    if "points3D_track_footprint" in metadata:
+        return _given_scene(points, metadata, float((dataparser_outputs.cameras.fx.cpu() / cameras.fx).median()))
+    if "points3D_image_ids" in metadata and "colmap_image_ids" in metadata:
+        source, observations = "tracks", _observe_tracks(points, metadata, cameras)
+    else:
+        source, observations = "visibility", _observe_visible(points, cameras)
+    finite = (
+        torch.isfinite(points).all(dim=-1) & torch.isfinite(observations.footprints) & (observations.footprints > 0)
+    )
+    keep = finite & (observations.num_photos >= (MIN_PHOTOS if len(cameras) >= MIN_PHOTOS else 1))
+    if not keep.any():
+        keep = finite & (observations.num_photos > 0)
+    if not keep.any():
+        return _frusta_scene(cameras, f"no train photo sees any of the {len(points)} SfM points")
+    near = _near_plane(observations.distances[keep[observations.distance_points]])
+    return SfMScene(points[keep], observations.footprints[keep], observations.num_photos[keep], near, source)
+
+
+def project(camera: Cameras, points: Float[Tensor, "n 3"]) -> Projection:
+    """Projects points into one photo, the inverse of nerfstudio's ray generation (distortion included).
+
+    Perspective, fisheye and equirectangular cameras; FISHEYE624 is taken as a fisheye without distortion, all others
+    as perspective.
+
+    Args:
+        camera: one camera, batch shape ``()``.
+        points: world positions, scene units.
+    """
+    pose = camera.camera_to_worlds
+    local = (points - pose[:, 3]) @ pose[:, :3]
+    distance = local.norm(dim=-1)
+    depth = -local[:, 2]
+    kind = int(camera.camera_type)
+    if kind == CameraType.EQUIRECTANGULAR.value:
+        polar = torch.acos((local[:, 1] / distance).clamp(-1, 1))
+        plane = torch.stack([torch.atan2(local[:, 0], depth), polar - torch.pi / 2], dim=-1) / torch.pi
+        front = distance > 0
+        depth = distance
+    elif kind in (CameraType.FISHEYE.value, CameraType.FISHEYE624.value):
+        radius = local[:, :2].norm(dim=-1)
+        scale = torch.where(radius > 0, torch.atan2(radius, depth) / radius.clamp(min=1e-12), 1.0)
+        plane = torch.stack([local[:, 0] * scale, -local[:, 1] * scale], dim=-1)
+        front = distance > 0
+        depth = distance
+    else:
+        front = depth > 0
+        plane = torch.stack([local[:, 0], -local[:, 1]], dim=-1) / torch.where(front, depth, 1.0)[:, None]
+    focal = torch.cat([camera.fx, camera.fy])
+    center = torch.cat([camera.cx, camera.cy])
+    size = torch.cat([camera.width, camera.height])
+    if kind != CameraType.EQUIRECTANGULAR.value and camera.distortion_params is not None:
+        corner = (torch.maximum(center, size - center) / focal).norm()
+        front = front & (
+            plane.norm(dim=-1) < 1.5 * corner
+        )  # the polynomial folds what is far outside back into the photo
+        if kind != CameraType.FISHEYE624.value:
+            plane = _distort(plane, camera.distortion_params)
+    pixels = plane * focal + center
+    return Projection(pixels, depth, distance, front & ((pixels >= 0) & (pixels < size)).all(dim=-1))
+
+
+def _distort(plane: Float[Tensor, "n 2"], params: Float[Tensor, "6"]) -> Float[Tensor, "n 2"]:
+    """OpenCV's radial and tangential distortion with nerfstudio's order of parameters: k1, k2, k3, k4, p1, p2."""
+    k1, k2, k3, k4, p1, p2 = params
+    x, y = plane.unbind(-1)
+    r2 = x * x + y * y
+    radial = 1 + r2 * (k1 + r2 * (k2 + r2 * (k3 + r2 * k4)))
+    return torch.stack(
+        [x * radial + 2 * p1 * x * y + p2 * (r2 + 2 * x * x), y * radial + 2 * p2 * x * y + p1 * (r2 + 2 * y * y)],
+        dim=-1,
+    )
+
+
+def _pixels_per_radian(cameras: Cameras) -> Float[Tensor, "c"]:
+    """Focal length in pixels; for equirectangular cameras the pixels per radian."""
+    focal = torch.sqrt(cameras.fx * cameras.fy)[:, 0]
+    return torch.where(cameras.camera_type[:, 0] == CameraType.EQUIRECTANGULAR.value, focal / torch.pi, focal)
+
+
+def _single(cameras: Cameras) -> Iterator[Cameras]:
+    """The cameras one by one."""
+    for index in range(len(cameras)):
+        yield cameras[index]
+
+
+def _spread(cameras: Cameras, limit: int) -> Cameras:
+    """At most ``limit`` cameras, evenly spaced in their order."""
+    return cameras[torch.linspace(0, len(cameras) - 1, min(limit, len(cameras))).round().long()]
+
+
+def _near_plane(distances: Float[Tensor, "k"]) -> float:
+    """Half of the 0.1 percentile."""
+    rank = max(1, round(DEPTH_PERCENTILE * len(distances)))
+    return 0.5 * float(torch.kthvalue(distances, rank).values)
+
+
+def _given_scene(points: Float[Tensor, "n 3"], metadata: dict[str, Any], downscale: float) -> SfMScene:
+    """The dataparser knows the footprints itself; ``downscale`` is photo resolution over trained resolution."""
+    footprints = torch.as_tensor(metadata["points3D_track_footprint"], dtype=torch.float32) * downscale
+    counts = torch.as_tensor(metadata["points3D_num_points2D"], dtype=torch.int64)
+    keep = counts >= MIN_PHOTOS
+    if not keep.any():
+        keep = torch.ones_like(keep)
+    near = 0.5 * float(metadata["points3D_depth_percentile"])
+    return SfMScene(points[keep], footprints[keep], counts[keep], near, "tracks")
+
+
+def _observe_tracks(points: Float[Tensor, "n 3"], metadata: dict[str, Any], cameras: Cameras) -> _Observations:
+    """Observations from COLMAP's tracks; photos that are not in ``colmap_image_ids`` (the held-out ones) are
+    ignored."""
+    sorted_ids, camera_of_id = torch.as_tensor(metadata["colmap_image_ids"]).sort()
+    focal = _pixels_per_radian(cameras)
+    perspective = cameras.camera_type[:, 0] == CameraType.PERSPECTIVE.value
+    footprints, counts, distances, distance_points = [], [], [], []
+    for start in range(0, len(points), _POINT_CHUNK):
+        ids = metadata["points3D_image_ids"][start : start + _POINT_CHUNK].sort(dim=-1).values
+        slot = torch.searchsorted(sorted_ids, ids).clamp(max=len(sorted_ids) - 1)
+        seen = sorted_ids[slot] == ids
+        seen[:, 1:] &= ids[:, 1:] != ids[:, :-1]  # a track may hold a photo twice
+        row, column = seen.nonzero(as_tuple=True)
+        camera = camera_of_id[slot[row, column]]
+        pose = cameras.camera_to_worlds[camera]
+        offset = points[start + row] - pose[:, :, 3]
+        distance = offset.norm(dim=-1)
+        depth = torch.where(perspective[camera], -(offset * pose[:, :, 2]).sum(-1), distance)
+        finest = torch.full((len(ids),), torch.inf)
+        size = point_footprint(depth, distance, focal[camera])
+        finest.scatter_reduce_(0, row, torch.where(depth > 0, size, torch.inf), "amin")
+        footprints.append(finest)
+        counts.append(seen.sum(-1))
+        distances.append(distance)
+        distance_points.append(start + row)
+    return _Observations(*(torch.cat(parts) for parts in (footprints, counts, distances, distance_points)))
+
+
+def _observe_visible(points: Float[Tensor, "n 3"], cameras: Cameras) -> _Observations:
+    """Observations estimated from the cameras: a photo sees what projects into it and is not behind nearer points."""
+    finest = torch.full((len(points),), torch.inf)
+    footprints = torch.full((len(points),), torch.inf)
+    counts = torch.zeros(len(points), dtype=torch.int64)
+    stride = max(1, len(points) * len(cameras) // _MAX_KEPT_DISTANCES)
+    distances, distance_points = [], []
+    for camera, focal in zip(_single(cameras), _pixels_per_radian(cameras)):
+        projection = project(camera, points)
+        index = projection.inside.nonzero()[:, 0]
+        if len(index) == 0:
+            continue
+        distance = projection.distance[index]
+        front = _in_front(projection.pixels[index], distance, int(camera.width), int(camera.height))
+        index, distance = index[front], distance[front]
+        size = point_footprint(projection.depth[index], distance, focal)
+        footprints[index] = torch.minimum(footprints[index], torch.maximum(finest[index], size))
+        finest[index] = torch.minimum(finest[index], size)
+        counts[index] += 1
+        distances.append(distance[::stride])
+        distance_points.append(index[::stride])
+    footprints = torch.where(counts > 1, footprints, finest)
+    if not distances:
+        return _Observations(footprints, counts, torch.empty(0), torch.empty(0, dtype=torch.int64))
+    return _Observations(footprints, counts, torch.cat(distances), torch.cat(distance_points))
+
+
+def _in_front(pixels: Float[Tensor, "n 2"], distance: Float[Tensor, "n"], width: int, height: int) -> Bool[Tensor, "n"]:
+    """Which points of one photo are not hidden: a coarse z-buffer, its cells large enough to hold several points."""
+    cell = max(1.0, (POINTS_PER_CELL * width * height / len(pixels)) ** 0.5)
+    columns = int(width / cell) + 1
+    rows = int(height / cell) + 1
+    at = (pixels / cell).long()
+    at = at[:, 1].clamp(0, rows - 1) * columns + at[:, 0].clamp(0, columns - 1)
+    front = torch.full((rows * columns,), torch.inf).scatter_reduce_(0, at, distance, "amin")
+    return distance <= HIDDEN_TOLERANCE * front[at]
+
+
+def _frusta_scene(cameras: Cameras, why: str) -> SfMScene:
+    """Points on a regular grid in every frustum, from close by to behind the depth at which the photos meet."""
+    reach = _shared_depth(cameras)
+    CONSOLE.log(
+        f"[yellow]infnerf: {why}: the octree is built from the camera frusta, "
+        f"up to {reach * FRUSTUM_DEPTHS[1]:.3g} scene units deep. SfM points (sparse_pc.ply or a COLMAP model) "
+        "give a better tree."
+    )
+    steps = (torch.arange(FRUSTUM_GRID) + 0.5) / FRUSTUM_GRID
+    depths = reach * torch.lerp(torch.tensor(FRUSTUM_DEPTHS[0]), torch.tensor(FRUSTUM_DEPTHS[1]), steps)
+    chosen = _spread(cameras, FRUSTUM_PHOTOS)
+    points = torch.cat([_frustum_points(chosen, depth) for depth in depths])
+    own = torch.arange(len(chosen)).repeat_interleave(FRUSTUM_GRID**2).repeat(len(depths))
+    own_distance = (points - chosen.camera_to_worlds[own][:, :, 3]).norm(dim=-1)
+    footprints = torch.full((len(points),), torch.inf)
+    counts = torch.zeros(len(points), dtype=torch.int64)
+    for camera, focal in zip(_single(cameras), _pixels_per_radian(cameras)):
+        projection = project(camera, points)
+        size = point_footprint(projection.depth, projection.distance, focal).clamp(
+            min=FINEST_FRUSTUM_DEPTH * reach / focal
+        )
+        footprints = torch.minimum(footprints, torch.where(projection.inside, size, torch.inf))
+        counts += projection.inside
+    keep = torch.isfinite(footprints) & (counts >= MIN_PHOTOS)
+    if not keep.any():
+        keep = torch.isfinite(footprints)
+    return SfMScene(points[keep], footprints[keep], counts[keep], _near_plane(own_distance), "frusta")
+
+
+def _frustum_points(cameras: Cameras, depth: Tensor | float) -> Float[Tensor, "m 3"]:
+    """A grid of points per photo, ``depth`` along each ray's forward direction (distance for wide cameras), camera by
+    camera."""
+    steps = (torch.arange(FRUSTUM_GRID) + 0.5) / FRUSTUM_GRID
+    grid = torch.stack(torch.meshgrid(steps, steps, indexing="ij"), dim=-1).reshape(-1, 2)
+    index = torch.arange(len(cameras)).repeat_interleave(len(grid))
+    size = torch.cat([cameras.height, cameras.width], dim=-1)[index]
+    rays = cameras.generate_rays(index[:, None], coords=grid.repeat(len(cameras), 1) * size)
+    forward = -(rays.directions * cameras.camera_to_worlds[index][:, :, 2]).sum(-1, keepdim=True)
+    perspective = cameras.camera_type[index] == CameraType.PERSPECTIVE.value
+    return rays.origins + rays.directions * torch.where(perspective, depth / forward.clamp(min=1e-3), depth)
+
+
+def _shared_depth(cameras: Cameras) -> float:
+    """The depth at which the photos show the same things: the median distance to the point that all optical axes look
+    at, or (axes nearly parallel, as in a mapping flight) the first depth at which a typical frustum point is seen by
+    several photos."""
+    origins = cameras.camera_to_worlds[:, :, 3].double()
+    axes = -cameras.camera_to_worlds[:, :, 2].double()
+    spread = float((origins - origins.mean(0)).norm(dim=-1).max())
+    if spread <= 0:
+        return 1.0
+    off_axis = torch.eye(3, dtype=torch.float64) - axes[:, :, None] * axes[:, None, :]
+    normal = off_axis.mean(0)
+    if float(torch.linalg.eigvalsh(normal)[0]) > 0.02:  # mean squared sine of the axes' angles: not nearly parallel
+        focus = torch.linalg.solve(normal, (off_axis @ origins[:, :, None]).mean(0)[:, 0])
+        along = ((focus - origins) * axes).sum(-1)
+        if float((along > 0).double().mean()) > 0.5:
+            return float(along.median())
+    wanted = min(SHARED_PHOTOS, len(cameras))
+    depths = spread * torch.logspace(-2, 1, 25)
+    chosen = _spread(cameras, 16)
+    for depth in depths.tolist():
+        points = _frustum_points(chosen, depth)
+        seen = sum(project(camera, points).inside.long() for camera in _single(cameras))
+        if float(seen.double().median()) >= wanted:
+            return depth
+    return spread
+
+
+def colmap_image_ids(model: Path, image_filenames: list[Path]) -> Int[Tensor, "c"]:
+    """COLMAP's image id of each photo, by file name; -1 for a photo that is not in the model.
+
+    Args:
+        model: folder with ``images.bin`` or ``images.txt``.
+        image_filenames: photos; their paths end in the name that COLMAP knows.
+    """
+    binary = model / "images.bin"
+    images = read_images_binary(binary) if binary.exists() else read_images_text(model / "images.txt")
+    ids = {Path(image.name).parts: number for number, image in images.items()}
+    lengths = {len(parts) for parts in ids}
+    return torch.tensor(
+        [next((ids[name.parts[-n:]] for n in lengths if name.parts[-n:] in ids), -1) for name in image_filenames]
+    )
+
+
+def ply_points(
+    path: Path, outputs: DataparserOutputs, applied_transform: list[list[float]] | None
+) -> dict[str, Tensor]:
+    """Points of a ply file in the frame of the dataparser's cameras, as metadata: ``points3D_xyz``, ``points3D_rgb``.
+
+    What nerfstudio's own dataparser reads with open3d, for where open3d cannot be imported (it needs system libraries).
+
+    Args:
+        path: the ``ply_file_path`` of a ``transforms.json``.
+        outputs: parsed from that file.
+        applied_transform: the ``applied_transform [3, 4]`` of that file, if any.
+    """
+    import trimesh  # takes a second
+
+    cloud = trimesh.load(path)
+    points = torch.from_numpy(np.asarray(cloud.vertices, dtype=np.float64))
+    to_cameras = outputs.dataparser_transform.double()
+    if applied_transform is not None:
+        applied = torch.cat([torch.tensor(applied_transform).double(), torch.tensor([[0.0, 0.0, 0.0, 1.0]]).double()])
+        to_cameras = to_cameras @ torch.linalg.inv(applied)
+    points = (points @ to_cameras[:, :3].T + to_cameras[:, 3]) * outputs.dataparser_scale
+    colours = getattr(cloud, "colors", None)
+    if colours is None or len(colours) != len(points):
+        colours = np.zeros((len(points), 3), dtype=np.uint8)
+    return {"points3D_xyz": points.float(), "points3D_rgb": torch.from_numpy(np.array(colours[:, :3], dtype=np.uint8))}

@@ -1,0 +1,225 @@
+"""Pixel pyramids: exact block means, masks, uniform draws; and the rays through their pixels."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from nerfstudio.cameras.cameras import Cameras, CameraType
+from nerfstudio.model_components.ray_generators import RayGenerator
+from tiny_capture import ring
+
+from infnerf_ns.data.pyramid import PixelPyramid, downsample, downsample_mask, level_mean, num_levels
+from infnerf_ns.data.pyramid_rays import PyramidRays
+
+SIDE = st.integers(8, 70)
+SEED = st.integers(0, 2**31)
+
+
+def block_mean(image: np.ndarray, level: int) -> np.ndarray:
+    size = 1 << level
+    height, width = image.shape[0] // size, image.shape[1] // size
+    cropped = image[: height * size, : width * size].astype(np.float64)
+    return cropped.reshape(height, size, width, size, -1).mean(axis=(1, 3))
+
+
+def make_pyramid(sizes: list[tuple[int, int]], masks: bool = False, levels: int = 5) -> PixelPyramid:
+    """Random photos; masks hide the left third."""
+    rng = np.random.default_rng(3)
+    pyramid = PixelPyramid(sizes, 3, levels, masks)
+    for index, (height, width) in enumerate(sizes):
+        mask = np.ones((height, width), dtype=bool)
+        mask[:, : width // 3] = False
+        pyramid.set_photo(index, rng.integers(0, 256, (height, width, 3), dtype=np.uint8), mask if masks else None)
+    return pyramid
+
+
+@settings(max_examples=40, deadline=None)
+@given(SIDE, SIDE, st.integers(0, 4), SEED)
+def test_downsample_is_the_block_mean(height: int, width: int, level: int, seed: int) -> None:
+    level = min(level, num_levels(height, width, 5) - 1)
+    image = np.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=np.uint8)
+    expected = block_mean(image, level)
+    found = downsample(image, level)
+    assert found.dtype == np.uint8
+    np.testing.assert_allclose(found, expected, atol=0.5 + 1e-3)
+    exact = level_mean(torch.from_numpy(image).float(), level)
+    np.testing.assert_allclose(exact.numpy(), expected, atol=1e-3)
+
+
+@given(st.integers(0, 255), st.sampled_from([3, 4]))
+def test_constant_image_stays_constant(value: int, channels: int) -> None:
+    image = np.full((45, 70, channels), value, dtype=np.uint8)
+    image[..., 3:] = 200
+    for level in range(num_levels(45, 70, 5)):
+        assert np.unique(downsample(image, level)[..., :3]).tolist() == [value]
+
+
+def test_alpha_weights_the_colours() -> None:
+    """A transparent pixel has no colour of its own: compositing the mean is the mean of the composited photo."""
+    image = np.random.default_rng(0).integers(0, 256, (16, 16, 4), dtype=np.uint8)
+    background = np.array([255.0, 0.0, 90.0])
+
+    def composite(rgba: np.ndarray) -> np.ndarray:
+        alpha = rgba[..., 3:] / 255.0
+        return rgba[..., :3] * alpha + background * (1 - alpha)
+
+    expected = block_mean(composite(image.astype(np.float64)), 1)
+    np.testing.assert_allclose(composite(downsample(image, 1).astype(np.float64)), expected, atol=1.5)
+    exact = level_mean(torch.from_numpy(image).double(), 1).numpy()
+    np.testing.assert_allclose(composite(exact), expected, atol=1e-6)
+    assert not downsample(np.zeros((16, 16, 4), dtype=np.uint8), 1).any()
+
+
+@settings(max_examples=40, deadline=None)
+@given(SIDE, SIDE, st.integers(0, 4), SEED)
+def test_mask_needs_all_pixels_of_a_block(height: int, width: int, level: int, seed: int) -> None:
+    mask = np.random.default_rng(seed).random((height, width)) < 0.9
+    found = downsample_mask(mask, level)
+    assert found.shape == (height >> level, width >> level)
+    for row, column in np.ndindex(*found.shape):
+        block = mask[row << level : (row + 1) << level, column << level : (column + 1) << level]
+        assert found[row, column] == block.all()
+
+
+def test_number_of_levels() -> None:
+    assert [num_levels(1920, 1080, 5), num_levels(32, 24, 5), num_levels(16, 300, 5), num_levels(5, 5, 5)] == [
+        5,
+        2,
+        2,
+        1,
+    ]
+    assert num_levels(1920, 1080, 1) == 1
+
+
+def test_levels_stand_in_the_buffer() -> None:
+    pyramid = make_pyramid([(40, 50), (33, 20)])
+    image = np.random.default_rng(5).integers(0, 256, (33, 20, 3), dtype=np.uint8)
+    pyramid.set_photo(1, image)
+    for segment in range(len(pyramid.photo)):
+        if pyramid.photo[segment] == 1:
+            start, level = int(pyramid.start[segment]), int(pyramid.level[segment])
+            expected = downsample(image, level).reshape(-1, 3)
+            assert np.array_equal(pyramid.pixels[start : start + len(expected)], expected)
+    draw = pyramid.draw(500)
+    chosen = (draw.photo == 1) & (draw.level == 1)
+    assert np.array_equal(draw.image[chosen], downsample(image, 1)[draw.row[chosen], draw.column[chosen]])
+
+
+@pytest.mark.parametrize("masks", [False, True])
+def test_draws_are_uniform_over_all_valid_pixels(masks: bool) -> None:
+    """Chi-square of the counts per pixel: mean k, standard deviation sqrt(2 k) for k + 1 valid pixels."""
+    pyramid = make_pyramid([(32, 40), (24, 16)], masks)
+    valid = torch.ones(pyramid.num_pixels, dtype=torch.bool) if pyramid.valid is None else pyramid.valid
+    draw = pyramid.draw(40 * pyramid.num_pixels)
+    counts = (pyramid.start[draw.segment] + draw.local).bincount(minlength=pyramid.num_pixels).double()
+    assert counts[~valid].sum() == 0
+    expected = counts.sum() / valid.sum()
+    chi_square = ((counts[valid] - expected) ** 2 / expected).sum()
+    freedom = int(valid.sum()) - 1
+    assert abs(float(chi_square) - freedom) < 5 * (2 * freedom) ** 0.5
+
+
+def test_seed_reproduces_the_draw() -> None:
+    pyramid = make_pyramid([(32, 40)], masks=True)
+    draws = [pyramid.draw(64, generator=torch.Generator().manual_seed(4)) for _ in range(2)]
+    assert torch.equal(draws[0].local, draws[1].local) and torch.equal(draws[0].segment, draws[1].segment)
+    torch.manual_seed(9)
+    first = pyramid.draw(64)
+    torch.manual_seed(9)
+    assert torch.equal(first.local, pyramid.draw(64).local)
+
+
+@pytest.mark.parametrize("masks", [False, True])
+def test_patches_lie_within_one_level(masks: bool) -> None:
+    pyramid = make_pyramid([(32, 40), (24, 30)], masks)
+    draw = pyramid.draw(100 * 36 + 5, patch_size=6)
+    assert len(draw.photo) == 100 * 36
+    segment, row, column = (value.reshape(100, 6, 6) for value in (draw.segment, draw.row, draw.column))
+    assert (segment == segment[:, :1, :1]).all()
+    assert (row - row[:, :1, :1] == torch.arange(6)[:, None]).all()
+    assert (column - column[:, :1, :1] == torch.arange(6)).all()
+    assert set(pyramid.level[segment[:, 0, 0]].tolist()) == {0, 1, 2}
+    if pyramid.valid is not None:
+        assert pyramid.valid[pyramid.start[draw.segment] + draw.local].all()
+
+
+def test_no_room_for_a_patch_is_an_error() -> None:
+    with pytest.raises(ValueError, match="no 50 x 50 patch"):
+        make_pyramid([(32, 40)]).draw(2500, patch_size=50)
+
+
+def make_cameras(camera_type: CameraType, sizes: list[tuple[int, int]], distorted: bool = True) -> Cameras:
+    count = len(sizes)
+    height, width = torch.tensor(sizes).T
+    params = torch.tensor([0.06, -0.08, 0.0, 0.0, -0.001, 0.0002])
+    focal = width.float() / (2 if camera_type == CameraType.EQUIRECTANGULAR else 0.8)
+    return Cameras(
+        camera_to_worlds=torch.tensor(np.stack(ring(count))[:, :3], dtype=torch.float32),
+        fx=focal,
+        fy=focal * (1 if camera_type == CameraType.EQUIRECTANGULAR else 1.01),
+        cx=width / 2 + 0.3,
+        cy=height / 2 - 0.2,
+        width=width,
+        height=height,
+        distortion_params=params.repeat(count, 1) if distorted else None,
+        camera_type=camera_type,
+        times=torch.arange(float(count)),
+    )
+
+
+@pytest.mark.parametrize("camera_type", [CameraType.PERSPECTIVE, CameraType.FISHEYE, CameraType.EQUIRECTANGULAR])
+@pytest.mark.parametrize("sizes", [[(48, 64)] * 4, [(48, 64), (48, 64), (40, 36)]])
+def test_rays_are_those_of_nerfstudio(camera_type: CameraType, sizes: list[tuple[int, int]]) -> None:
+    """Per level: the rays of nerfstudio's RayGenerator for the photo's camera at that resolution."""
+    cameras = make_cameras(camera_type, sizes)
+    pyramid = make_pyramid(sizes)
+    tables = PyramidRays(cameras, pyramid)
+    assert tables.table is not None and PyramidRays(cameras, pyramid, table_bytes=0).table is None
+    draw = pyramid.draw(400)
+    for rays in (tables(draw), PyramidRays(cameras, pyramid, table_bytes=0)(draw)):
+        assert torch.equal(rays.camera_indices, draw.photo[:, None])
+        assert rays.nears is None and rays.fars is None
+        torch.testing.assert_close(rays.times, draw.photo[:, None].float())
+        for level in range(2):
+            scaled = make_cameras(camera_type, sizes)
+            scaled.rescale_output_resolution(0.5**level)
+            at = draw.level == level
+            expected = RayGenerator(scaled)(torch.stack([draw.photo, draw.row, draw.column], dim=-1)[at])
+            torch.testing.assert_close(rays.origins[at], expected.origins)
+            torch.testing.assert_close(rays.directions[at], expected.directions, atol=1e-6, rtol=0)
+            torch.testing.assert_close(rays.pixel_area[at], expected.pixel_area, atol=1e-7, rtol=1e-3)
+            torch.testing.assert_close(rays.metadata["directions_norm"][at], expected.metadata["directions_norm"])
+
+
+def test_equal_intrinsics_share_the_table() -> None:
+    shared = PyramidRays(make_cameras(CameraType.PERSPECTIVE, [(48, 64)] * 5), make_pyramid([(48, 64)] * 5))
+    single = make_pyramid([(48, 64)])
+    assert len(shared.table) == single.num_pixels
+
+
+def test_orthographic_cameras_go_through_nerfstudio() -> None:
+    cameras = make_cameras(CameraType.ORTHOPHOTO, [(48, 64)] * 2, distorted=False)
+    pyramid = make_pyramid([(48, 64)] * 2)
+    rays = PyramidRays(cameras, pyramid)
+    assert rays.table is None
+    assert len(torch.unique(rays(pyramid.draw(50)).origins, dim=0)) > 2
+
+
+def test_a_level_sees_the_centres_and_areas_of_its_blocks() -> None:
+    """The ray of a level-l pixel passes through the centre of its block; its pixel covers 4**l pixels of the photo."""
+    sizes = [(64, 96)]
+    cameras = make_cameras(CameraType.PERSPECTIVE, sizes, distorted=False)
+    pyramid = make_pyramid(sizes)
+    rays = PyramidRays(cameras, pyramid)
+    draw = pyramid.draw(500)
+    drawn = rays(draw)
+    scale = 2**draw.level
+    center = torch.stack([(draw.row + 0.5) * scale, (draw.column + 0.5) * scale], dim=-1)
+    full = cameras.generate_rays(torch.zeros(500, 1, dtype=torch.int64), coords=center)
+    torch.testing.assert_close(drawn.directions, full.directions, atol=1e-6, rtol=0)
+    ratio = drawn.pixel_area[:, 0] / full.pixel_area[:, 0]
+    torch.testing.assert_close(ratio, 4.0**draw.level, rtol=0.15, atol=0)
+    assert len(draw.level.unique()) == 4
