@@ -1,0 +1,32 @@
+"""Allow-list the NumPy scalars that nerfstudio's checkpoints hold, for ``torch.load`` with ``weights_only=True``.
+
+Since torch 2.6 that is the default, and nerfstudio's schedulers store ``np.float64`` learning rates: without this,
+ns-eval, ns-render, ns-export, ns-viewer and a resumed ns-train end in "Unsupported global". The allow-list is torch's
+own public mechanism. ``methods.py`` calls this; nerfstudio imports every plugin before it loads any checkpoint.
+"""
+
+import importlib
+
+import numpy as np
+import torch
+
+
+def allow_numpy_scalars() -> None:
+    """Register NumPy's scalar constructor and the float and integer dtypes as safe to unpickle. Idempotent."""
+    add_safe_globals = getattr(torch.serialization, "add_safe_globals", None)
+    if add_safe_globals is None:  # torch < 2.4 has no weights_only allow-list and does not need one
+        return
+    dtypes = [type(np.dtype(name)) for name in ("float64", "float32", "int64", "int32", "bool")]
+    add_safe_globals([np.dtype, *dtypes, *_scalar_constructors()])
+
+
+def _scalar_constructors() -> list:
+    """``multiarray.scalar`` under both module names: a checkpoint may have been written by NumPy 1 or by NumPy 2.
+
+    An entry is ``(function, name in the pickle)`` where torch accepts that form (2.6 and later), else the function.
+    """
+    core = "numpy._core" if int(np.__version__.split(".")[0]) >= 2 else "numpy.core"
+    scalar = importlib.import_module(f"{core}.multiarray").scalar
+    if tuple(int(part) for part in torch.__version__.split(".")[:2]) >= (2, 6):
+        return [(scalar, "numpy.core.multiarray.scalar"), (scalar, "numpy._core.multiarray.scalar")]
+    return [scalar]

@@ -1,0 +1,434 @@
+"""nerfstudio's trainer made reliable: safe checkpoints, clean stops, exact resumption, NaN recovery.
+
+It also gives each octree level its own optimizer, from one configuration per kind of parameter.
+"""
+
+import copy
+import functools
+import re
+import shlex
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Annotated, Any, Literal, Optional, cast
+
+import torch
+from nerfstudio.engine.optimizers import Optimizers
+from nerfstudio.engine.schedulers import ExponentialDecaySchedulerConfig
+from nerfstudio.engine.trainer import TRAIN_INTERATION_OUTPUT, Trainer, TrainerConfig
+from nerfstudio.utils import profiler, writer
+from nerfstudio.utils.decorators import check_main_thread
+
+from infnerf_ns.errors import InputError
+from infnerf_ns.training import checkpoints
+from infnerf_ns.training.stability import StabilityConfig, StepGuard, gradients_finite, values_finite
+from infnerf_ns.training.stopping import StopSignals, exit_code
+from infnerf_ns.validation import Range, enforce, validate_config, warn
+
+_LEVEL_GROUP = re.compile(r"(?P<kind>.+)_(?P<level>\d+)")
+
+
+@dataclass
+class DecayToEndSchedulerConfig(ExponentialDecaySchedulerConfig):
+    """nerfstudio's exponential decay, whose length can follow the length of the training."""
+
+    max_steps: int = 0
+    """Step at which lr_final is reached; 0 stands for the trainer's max_num_iterations."""
+
+
+@dataclass
+class InfNeRFTrainerConfig(TrainerConfig):
+    """nerfstudio's settings for training, where these two mean something else:
+
+    - ``max_num_iterations`` is the *total*, also after ``--load-dir``: the same command with ``--load-dir`` finishes an
+      interrupted run. (nerfstudio would train that many steps more; growth and learning rates are planned for the
+      total.)
+    - ``save_only_latest_checkpoint`` keeps the *two* newest, so that one is left should the newest be damaged.
+
+    ``load_dir`` may name a run's folder, its nerfstudio_models folder or its config.yml.
+    """
+
+    _target: type = field(default_factory=lambda: InfNeRFTrainer)
+    level_lr_factor: Annotated[float, Range(0.1, 10.0)] = 1.0
+    """Learning rate of the parameters of octree level L = learning rate of their kind * level_lr_factor ** L."""
+    stability: StabilityConfig = field(default_factory=StabilityConfig)
+    """What happens when the loss or a gradient is NaN or infinite."""
+
+    def get_checkpoint_dir(self) -> Path:
+        """The checkpoint folder; also points ``load_step`` at the newest whole file in it, where there is one.
+
+        ns-eval, ns-render, ns-export and ns-viewer call this right before they load. Left to themselves they take the
+        file with the highest step even if it is truncated. Nothing is written or moved, so a read-only run works too.
+        """
+        folder = super().get_checkpoint_dir()
+        whole = checkpoints.whole_checkpoints(folder)
+        if whole and (self.load_step is None or checkpoints.checkpoint_path(folder, self.load_step) not in whole):
+            self.load_step = checkpoints.checkpoint_step(whole[0])
+        return folder
+
+    def check(self) -> list[str]:
+        """Values that cannot work; one line each, naming the flag."""
+        problems = []
+        if self.max_num_iterations < 1:
+            problems.append(f"--max-num-iterations {self.max_num_iterations}: allowed is at least 1")
+        for name in ("steps_per_save", "steps_per_eval_batch", "steps_per_eval_image", "steps_per_eval_all_images"):
+            if getattr(self, name) < 0:
+                problems.append(f"--{name.replace('_', '-')} {getattr(self, name)}: allowed is at least 0 (0: never)")
+        for name, steps in self.gradient_accumulation_steps.items():
+            if steps < 1:
+                problems.append(f"--gradient-accumulation-steps {name} {steps}: allowed is at least 1")
+        for kind, group in self.optimizers.items():
+            problems += _optimizer_problems(kind, group)
+        return problems
+
+    def advise(self) -> list[str]:
+        """Legal values that are rarely wanted."""
+        return [
+            f"--optimizers.{kind}.optimizer.lr {group['optimizer'].lr} is unusually large (above 0.1)"
+            for kind, group in self.optimizers.items()
+            if group["optimizer"].lr > 0.1
+        ]
+
+
+class _EvaluationStopped(Exception):
+    """Raised by the signal handler to leave a running evaluation."""
+
+
+class InfNeRFTrainer(Trainer):
+    """Trains a pipeline whose parameter groups are named ``<kind>_<octree level>``.
+
+    Args:
+        config: validated here; wrong settings raise InputError before anything is loaded.
+        local_rank: rank of this process on its machine.
+        world_size: number of processes.
+    """
+
+    config: InfNeRFTrainerConfig
+
+    def __init__(self, config: InfNeRFTrainerConfig, local_rank: int = 0, world_size: int = 1) -> None:
+        enforce(validate_config(config))
+        self._candidates = _find_checkpoints_to_resume(config)
+        requested_step = config.load_step
+        super().__init__(config, local_rank, world_size)
+        config.load_step = requested_step
+        self._signals = StopSignals(self._on_stop_request)
+        self._phase: Literal["setup", "training", "evaluating", "waiting"] = "setup"
+        self.stop_training = False
+        self._guard = StepGuard(config.stability)
+        self._lr_scale = 1.0
+        self._resumed_from: Optional[Path] = None
+        self._resumed_random_state: Optional[dict[str, Any]] = None
+        self._completed_step: Optional[int] = None
+        self._saved_step: Optional[int] = None
+
+    def setup(self, test_mode: Literal["test", "val", "inference"] = "val") -> None:
+        """Build the pipeline, the optimizers and the viewer, and load the checkpoint to resume from. See nerfstudio."""
+        with self._signals:
+            super().setup(test_mode)
+
+    def setup_optimizers(self) -> Optimizers:
+        """One optimizer per parameter group; the configuration names kinds, the model's groups are kinds per level."""
+        groups = self.pipeline.get_param_groups()
+        return Optimizers(expand_optimizers(self.config, groups), groups)
+
+    def train(self) -> None:
+        """Train up to ``max_num_iterations`` steps in total, then save and say how to look at the result.
+
+        Raises:
+            SystemExit: after Ctrl-C (130) or SIGTERM (143), with everything saved.
+        """
+        total = self.config.max_num_iterations
+        if self._resumed_random_state is not None:
+            checkpoints.restore_random_state(self._resumed_random_state)
+            self._resumed_random_state = None
+        self._phase = "training"
+        with self._signals:
+            try:
+                self.config.max_num_iterations = total - self._start_step  # nerfstudio's loop adds it to the start
+                super().train()
+            finally:
+                self.config.max_num_iterations = total
+
+    @profiler.time_function
+    def train_iteration(self, step: int) -> TRAIN_INTERATION_OUTPUT:
+        """One optimisation step; it is skipped if the loss or a gradient is not finite (see `StabilityConfig`)."""
+        groups = list(self.optimizers.parameters)
+        accumulation = self.gradient_accumulation_steps
+        self.optimizers.zero_grad_some([group for group in groups if step % accumulation[group] == 0])
+
+        with torch.autocast(device_type=self.device.split(":")[0], enabled=self.mixed_precision):
+            _, loss_dict, metrics_dict = self.pipeline.get_train_loss_dict(step=step)
+            loss = functools.reduce(torch.add, loss_dict.values())
+        good = bool(torch.isfinite(loss))
+        if good:
+            cast(torch.Tensor, self.grad_scaler.scale(loss)).backward()
+            # With mixed precision an infinite gradient is the grad scaler's everyday business: it skips such a step.
+            good = self.grad_scaler.is_enabled() or gradients_finite(self._all_parameters())
+        if self.config.log_gradients:
+            metrics_dict.update(self._gradient_norms())
+
+        scale = self.grad_scaler.get_scale()
+        if good:
+            due = [group for group in groups if step % accumulation[group] == accumulation[group] - 1]
+            self.optimizers.optimizer_scaler_step_some(self.grad_scaler, due)
+            self.grad_scaler.update()
+        else:
+            self.optimizers.zero_grad_all()
+            warn(f"step {step}: the loss or a gradient is not finite, the step is skipped")
+        if self._guard.record(good):
+            self._restore_last_good(step)
+        if scale <= self.grad_scaler.get_scale():  # a lowered scale means that the grad scaler skipped the step
+            self.optimizers.scheduler_step_all(step)
+
+        metrics_dict["skipped_steps"] = torch.tensor(float(self._guard.skipped))
+        self._completed_step = step
+        self.stop_training = self.stop_training or self._signals.received is not None
+        return loss.detach(), {name: value.detach() for name, value in loss_dict.items()}, metrics_dict
+
+    def eval_iteration(self, step: int) -> None:
+        """Periodic evaluation; a stop request ends it early."""
+        if self._signals.received is not None:
+            return
+        try:
+            try:
+                self._phase = "evaluating"
+                super().eval_iteration(step)
+            finally:
+                self._phase = "training"
+        except _EvaluationStopped:
+            pass
+
+    @check_main_thread
+    def save_checkpoint(self, step: int) -> None:
+        """Write the checkpoint of a step atomically; on failure warn and leave the older ones as they are.
+
+        Nothing is written while the last steps were skipped or if a parameter is not finite: the checkpoint before is
+        then the one to go back to.
+        """
+        if step == self._saved_step:
+            return
+        parameters = self._all_parameters()
+        if self._guard.in_a_row > 0 or not values_finite(parameters):
+            warn(f"step {step}: no checkpoint written, as the last loss or some parameter is not finite")
+            return
+        state = {
+            "step": step,
+            "pipeline": self.pipeline.state_dict(),
+            "optimizers": {name: optimizer.state_dict() for name, optimizer in self.optimizers.optimizers.items()},
+            "schedulers": {name: scheduler.state_dict() for name, scheduler in self.optimizers.schedulers.items()},
+            "scalers": self.grad_scaler.state_dict(),
+            "infnerf": {
+                "random_state": checkpoints.random_state(),
+                "lr_scale": self._lr_scale,
+                "skipped_steps": self._guard.skipped,
+            },
+        }
+        keep = checkpoints.KEPT_CHECKPOINTS if self.config.save_only_latest_checkpoint else None
+        path = checkpoints.checkpoint_path(self.checkpoint_dir, step)
+        failure = checkpoints.write_checkpoint(state, path, keep)
+        if failure is None:
+            self._saved_step = step
+        else:
+            warn(f"the checkpoint {path} could not be written ({failure}); older ones are untouched, training goes on")
+
+    def _load_checkpoint(self) -> None:
+        """Load the newest readable candidate, found at construction; nothing to do for a new run."""
+        for path in self._candidates:
+            state = checkpoints.read_checkpoint(path)
+            if state is None:
+                warn(f"the checkpoint {path} is damaged; the one before is used")
+                continue
+            self._check_steps_left(path, state["step"])
+            self._load_state(state, path)
+            extras = state.get("infnerf", {})
+            self._resumed_random_state = extras.get("random_state")
+            self._lr_scale = extras.get("lr_scale", 1.0)
+            self._guard.skipped = extras.get("skipped_steps", 0)
+            self._start_step = state["step"] + 1
+            self._resumed_from = path
+            print(f"infnerf: resumed from {path}; training goes on at step {self._start_step}", flush=True)
+            return
+        if self._candidates:
+            raise InputError(f"none of the checkpoints in {self._candidates[0].parent} can be read")
+
+    def _check_steps_left(self, path: Path, step: int) -> None:
+        if step + 1 >= self.config.max_num_iterations:
+            raise InputError(
+                f"--max-num-iterations {self.config.max_num_iterations}: it is the total and {path} "
+                f"has done {step + 1} steps already; give a larger number"
+            )
+
+    def _load_state(self, state: dict[str, Any], path: Path) -> None:
+        """Parameters, optimizers, schedulers and grad scaler from a checkpoint that fits this run."""
+        names = {key.removeprefix("module."): value for key, value in state["pipeline"].items()}
+        checkpoints.check_fits(names, self.pipeline.state_dict(), "parameters", path)
+        checkpoints.check_fits(state["optimizers"], self.optimizers.optimizers, "parameter groups", path)
+        try:
+            self.pipeline.load_pipeline(state["pipeline"], state["step"])
+            self.optimizers.load_optimizers(state["optimizers"])
+        except (RuntimeError, ValueError) as error:
+            raise InputError(
+                f"{path} does not fit these settings ({error}); train with the settings in the config.yml beside it"
+            ) from error
+        if self.config.load_scheduler:
+            schedulers = state.get("schedulers", {})
+            self.optimizers.load_schedulers(
+                {name: schedulers[name] for name in self.optimizers.schedulers if name in schedulers}
+            )
+        self.grad_scaler.load_state_dict(state.get("scalers", {}))
+
+    def _restore_last_good(self, step: int) -> None:
+        """Go back to the last checkpoint with lower learning rates; the step counter and the schedules go on."""
+        config = self.config.stability
+        found = checkpoints.whole_checkpoints(self.checkpoint_dir) or (
+            [self._resumed_from] if self._resumed_from else []
+        )
+        remedy = "lower --optimizers.grids.optimizer.lr and --optimizers.decoders.optimizer.lr"
+        if not found or self._guard.restores > config.max_restores:
+            why = "after several restores" if found else "before the first checkpoint"
+            raise InputError(f"step {step}: the loss stays NaN or infinite {why}; {remedy}")
+        state = checkpoints.read_checkpoint(found[0])
+        if state is None:
+            raise InputError(f"step {step}: the loss stays NaN or infinite and {found[0]} cannot be read; {remedy}")
+        self.pipeline.load_pipeline(state["pipeline"], state["step"])
+        self.optimizers.load_optimizers(state["optimizers"])
+        self.optimizers.zero_grad_all()
+        # The checkpoint may hold learning rates from before an earlier restore; the schedulers hold the current ones.
+        saved_scale = state.get("infnerf", {}).get("lr_scale", 1.0)
+        wanted_scale = self._lr_scale * config.lr_factor
+        for name, optimizer in self.optimizers.optimizers.items():
+            for group in optimizer.param_groups:
+                for key in ("lr", "initial_lr"):
+                    if key in group:
+                        group[key] *= wanted_scale / saved_scale
+            if name in self.optimizers.schedulers:
+                scheduler = self.optimizers.schedulers[name]
+                scheduler.base_lrs = [rate * config.lr_factor for rate in scheduler.base_lrs]
+        self._lr_scale = wanted_scale
+        warn(f"step {step}: restored {found[0]}, learning rates are now {wanted_scale:g} of the configured ones")
+
+    def _after_train(self) -> None:
+        """Save; after a stop request exit, else print where the result is and how to look at it."""
+        if self._completed_step is not None:
+            self.step = self._completed_step  # nerfstudio's loop has already counted the step that it did not run
+        if self._signals.received is not None:
+            self._exit_after_stop()
+        viewer = self.config.viewer
+        quit_at_end, viewer.quit_on_train_completion = viewer.quit_on_train_completion, True
+        try:
+            super()._after_train()
+        finally:
+            viewer.quit_on_train_completion = quit_at_end
+        if not checkpoints.list_checkpoints(self.checkpoint_dir):
+            raise InputError(
+                f"training ended but no checkpoint could be written to {self.checkpoint_dir}, see the warnings above"
+            )
+        self._print_result()
+        if not quit_at_end:
+            self._phase = "waiting"
+            self._train_complete_viewer()
+
+    def _exit_after_stop(self) -> None:
+        """Save the last complete step and leave with the signal's exit code."""
+        if self._completed_step is not None:
+            self.save_checkpoint(self._completed_step)
+            writer.write_out_storage()
+        files = checkpoints.list_checkpoints(self.checkpoint_dir)
+        if files:
+            run = shlex.quote(str(self.base_dir))
+            print(
+                f"infnerf: stopped after step {self.step}; saved {files[0]}; "
+                f"add --load-dir {run} to the command to go on",
+                flush=True,
+            )
+        else:
+            print("infnerf: stopped before there was anything to save", flush=True)
+        raise SystemExit(exit_code(cast(int, self._signals.received)))
+
+    def _on_stop_request(self, number: int) -> None:
+        """Called from the signal handler, in the main thread, at the first request."""
+        if self._phase == "setup":
+            print("infnerf: stopped before training began; nothing to save", flush=True)
+            raise SystemExit(exit_code(number))
+        if self._phase == "waiting":
+            raise SystemExit(0)
+        self.stop_training = True
+        print("infnerf: stopping: the current step is finished and saved; once more to stop at once", flush=True)
+        if self._phase == "evaluating":
+            raise _EvaluationStopped
+
+    @check_main_thread
+    def _print_result(self) -> None:
+        config = shlex.quote(str(self.base_dir / "config.yml"))
+        print(f"infnerf: trained {self.step + 1} steps; the result is in {self.base_dir}")
+        print("infnerf: look at it, measure it, render it with")
+        print(f"  ns-viewer --load-config {config}")
+        print(f"  ns-eval --load-config {config} --output-path {shlex.quote(str(self.base_dir / 'eval.json'))}")
+        print(
+            f"  ns-render dataset --load-config {config} --output-path {shlex.quote(str(self.base_dir / 'renders'))}",
+            flush=True,
+        )
+
+    def _all_parameters(self) -> list[torch.nn.Parameter]:
+        return [parameter for group in self.optimizers.parameters.values() for parameter in group]
+
+    def _gradient_norms(self) -> dict[str, torch.Tensor]:
+        """Norm of every parameter's gradient and their sum, under nerfstudio's names."""
+        norms = {
+            f"Gradients/{name}": parameter.grad.norm()
+            for name, parameter in self.pipeline.model.named_parameters()
+            if parameter.grad is not None
+        }
+        return {**norms, "Gradients/Total": torch.stack(list(norms.values())).sum()} if norms else {}
+
+
+def expand_optimizers(config: InfNeRFTrainerConfig, group_names: Iterable[str]) -> dict[str, Any]:
+    """Optimizer and scheduler configurations for the model's parameter groups.
+
+    A group's own name wins; else ``<kind>_<level>`` takes the configuration of its kind with learning rates multiplied
+    by ``level_lr_factor ** level``.
+
+    Raises:
+        InputError: a group without configuration.
+    """
+    expanded = {}
+    for name in group_names:
+        match = _LEVEL_GROUP.fullmatch(name)
+        kind, level = (name, 0) if name in config.optimizers or match is None else (match["kind"], int(match["level"]))
+        if kind not in config.optimizers:
+            raise InputError(
+                f"no optimizer for the parameter group '{name}': --optimizers has only {', '.join(config.optimizers)}"
+            )
+        group = copy.deepcopy(config.optimizers[kind])
+        factor = config.level_lr_factor**level
+        group["optimizer"].lr *= factor
+        scheduler = group.setdefault("scheduler", None)
+        if getattr(scheduler, "lr_final", None) is not None:
+            scheduler.lr_final *= factor
+        if isinstance(scheduler, DecayToEndSchedulerConfig) and scheduler.max_steps == 0:
+            scheduler.max_steps = max(config.max_num_iterations, scheduler.warmup_steps + 1)
+        expanded[name] = group
+    return expanded
+
+
+def _find_checkpoints_to_resume(config: TrainerConfig) -> list[Path]:
+    """Checkpoints to try, best first; empty for a new run. Raises InputError if what the flags name is not there."""
+    if config.load_dir is not None:
+        return checkpoints.resume_candidates(config.load_dir, config.relative_model_dir, config.load_step)
+    if config.load_checkpoint is not None:
+        if not checkpoints.is_whole(config.load_checkpoint):
+            what = "is damaged" if config.load_checkpoint.exists() else "does not exist"
+            raise InputError(f"--load-checkpoint {config.load_checkpoint}: the file {what}")
+        return [config.load_checkpoint]
+    return []
+
+
+def _optimizer_problems(kind: str, group: dict[str, Any]) -> list[str]:
+    problems = []
+    rate = group["optimizer"].lr
+    if not 0 < rate < 10:
+        problems.append(f"--optimizers.{kind}.optimizer.lr {rate}: allowed is above 0 and below 10")
+    final = getattr(group.get("scheduler"), "lr_final", None)
+    if final is not None and not 0 < final < 10:
+        problems.append(f"--optimizers.{kind}.scheduler.lr-final {final}: allowed is above 0 and below 10")
+    return problems

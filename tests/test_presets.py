@@ -1,0 +1,234 @@
+"""Settings: what a wrong key, type, value or combination says, and that the presets in configs/ are right."""
+
+import dataclasses
+import sys
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Annotated, Any, Literal, Optional
+
+import pytest
+import torch
+import tyro
+import yaml
+
+from infnerf_ns import presets
+from infnerf_ns.errors import InputError
+from infnerf_ns.validation import Range, apply_yaml, enforce, read_yaml, validate_config
+
+
+@dataclass
+class Tree:
+    max_level: Annotated[int, Range(0, 20, warn_above=15)] = 6
+    """deepest level"""
+    kind: Literal["independent", "residual"] = "residual"
+    """kind of children"""
+    sharpness: Annotated[float, Range(0.1, 100.0)] = 2.0
+    box: Annotated[Optional[tuple[float, ...]], Range(-1.0, 1.0)] = None
+    min_level: int = 0
+
+    def check(self) -> list[str]:
+        return [f"min_level {self.min_level} > max_level {self.max_level}"] if self.min_level > self.max_level else []
+
+
+@dataclass
+class Settings:
+    tree: Tree = field(default_factory=Tree)
+    folder: Path = Path("outputs")
+    verbose: bool = False
+    optimizers: dict[str, Any] = field(default_factory=lambda: {"grids": {"optimizer": Tree()}})
+
+
+def changed(**values: Any) -> Settings:
+    return Settings(tree=dataclasses.replace(Tree(), **values))
+
+
+def test_defaults_are_without_findings():
+    report = validate_config(Settings())
+    assert report.problems == [] and report.warnings == []
+
+
+@pytest.mark.parametrize(
+    "values, line",
+    [
+        ({"max_level": 21}, "--tree.max-level 21: allowed is 0 to 20"),
+        ({"max_level": -1, "min_level": -1}, "--tree.max-level -1: allowed is 0 to 20"),
+        ({"max_level": 2.5}, "--tree.max-level 2.5: must be a whole number"),
+        ({"max_level": True}, "--tree.max-level True: must be a whole number"),
+        ({"kind": "mixed"}, "--tree.kind mixed: must be one of independent, residual"),
+        ({"sharpness": "high"}, "--tree.sharpness high: must be a number"),
+        ({"sharpness": float("inf")}, "--tree.sharpness inf: allowed is 0.1 to 100"),
+        ({"box": (0.0, 3.0)}, "--tree.box 0.0 3.0: allowed is -1 to 1"),
+        ({"min_level": 9}, "--tree: min_level 9 > max_level 6"),
+    ],
+)
+def test_each_problem_is_a_line_with_flag_value_and_what_is_allowed(values, line):
+    report = validate_config(changed(**values))
+    assert report.problems == [line]
+    with pytest.raises(InputError) as error:
+        enforce(report)
+    assert str(error.value) == f"infnerf: {line}"
+
+
+def test_not_a_number_is_a_problem():
+    assert "--tree.sharpness nan: is not a number" in validate_config(changed(sharpness=float("nan"))).problems
+
+
+def test_a_dictionary_of_settings_is_checked_too():
+    settings = Settings()
+    settings.optimizers["grids"]["optimizer"].max_level = 99
+    assert validate_config(settings).problems == ["--optimizers.grids.optimizer.max-level 99: allowed is 0 to 20"]
+
+
+def test_large_but_legal_values_warn(capsys):
+    enforce(validate_config(changed(max_level=16)))
+    assert capsys.readouterr().err == "infnerf: warning: --tree.max-level 16 is unusually large (above 15)\n"
+
+
+def test_several_problems_are_a_line_each(capsys):
+    with pytest.raises(InputError, match="2 settings are wrong"):
+        enforce(validate_config(changed(max_level=50, kind="mixed")))
+    assert len(capsys.readouterr().err.splitlines()) == 2
+
+
+def test_the_command_line_parser_takes_annotated_ranges():
+    assert tyro.cli(Settings, args=["--tree.max-level", "5", "--tree.box", "0.5", "0.25"]).tree.box == (0.5, 0.25)
+
+
+def test_yaml_sets_nested_values_with_the_types_of_the_fields():
+    settings = Settings()
+    text = """
+        tree: {max-level: 4, sharpness: 1e-1, box: [0, 1]}
+        folder: runs
+        optimizers: {grids: {optimizer: {max_level: 3}}}
+    """
+    apply_yaml(settings, yaml.safe_load(text), "my.yaml")
+    assert settings.tree == Tree(max_level=4, sharpness=0.1, box=(0.0, 1.0))
+    assert isinstance(settings.tree.sharpness, float) and settings.folder == Path("runs")
+    assert settings.optimizers["grids"]["optimizer"].max_level == 3
+
+
+@pytest.mark.parametrize(
+    "mapping, words",
+    [
+        (
+            {"tree": {"max_levle": 3}},
+            ["my.yaml: unknown key 'tree.max_levle', did you mean 'max_level'?", "allowed here: max_level"],
+        ),
+        ({"optimizers": {"grid": {}}}, ["unknown key 'optimizers.grid', did you mean 'grids'?"]),
+        ({"tree": {"max_level": "four"}}, ["my.yaml: 'tree.max_level' must be a whole number, found 'four' (str)"]),
+        ({"tree": {"kind": "mixed"}}, ["'tree.kind' must be one of independent, residual, found 'mixed'"]),
+        ({"tree": 3}, ["'tree' is a section with keys of its own, found 3 (int)"]),
+        ({"verbose": 1}, ["'verbose' must be True or False, found 1 (int)"]),
+        ({"tree": {"box": 3}}, ["'tree.box' must be a list of a number or empty"]),
+    ],
+)
+def test_wrong_yaml_names_the_file_the_key_and_the_remedy(mapping, words):
+    with pytest.raises(InputError) as error:
+        apply_yaml(Settings(), mapping, "my.yaml")
+    assert all(part in str(error.value) for part in words), str(error.value)
+
+
+@pytest.mark.parametrize(
+    "text, message",
+    [
+        ("a: 1\nb: [2\n", "bad.yaml, line 3: not valid YAML"),
+        ("a: 1\na: 2\n", "bad.yaml, line 2: not valid YAML: the key 'a' is given twice"),
+        ("- a\n- b\n", "bad.yaml: expected 'key: value' lines"),
+    ],
+)
+def test_unreadable_yaml_names_the_file_and_line(tmp_path, text, message):
+    (tmp_path / "bad.yaml").write_text(text)
+    with pytest.raises(InputError, match=message):
+        read_yaml(tmp_path / "bad.yaml")
+
+
+def test_missing_yaml_is_one_line(tmp_path):
+    with pytest.raises(InputError, match="cannot read the settings file .*none.yaml"):
+        read_yaml(tmp_path / "none.yaml")
+
+
+# ------------------------------------------------------------------------------------------------ the shipped presets
+
+
+@pytest.mark.parametrize("name", ["infnerf", "infnerf-small", "infnerf-big"])
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_shipped_presets_load_without_findings(name, device):
+    config = presets.load_preset(name, device)
+    report = validate_config(config)
+    assert report.problems == [] and report.warnings == []
+    assert config.method_name == name and config.machine.device_type == device
+    assert config.viewer.quit_on_train_completion, "ns-train must end by itself"
+    assert presets.preset_description(name)
+
+
+def test_presets_are_the_files_in_configs():
+    assert presets.preset_names() == ["infnerf", "infnerf-big", "infnerf-small"]
+    with pytest.raises(
+        InputError, match="there is no preset 'infnerf-tiny'; there are infnerf, infnerf-big, infnerf-small"
+    ):
+        presets.load_preset("infnerf-tiny")
+
+
+def test_presets_do_not_share_values():
+    first, second = presets.load_preset("infnerf"), presets.load_preset("infnerf")
+    first.optimizers["grids"]["optimizer"].lr = 7.0
+    first.pipeline.datamanager.train_num_rays_per_batch = 7
+    assert second.optimizers["grids"]["optimizer"].lr != 7.0
+    assert second.pipeline.datamanager.train_num_rays_per_batch != 7
+
+
+def test_the_device_section_comes_on_top_of_the_common_one(tmp_path):
+    path = tmp_path / "mine.yaml"
+    path.write_text("common: {max_num_iterations: 10, steps_per_save: 4}\ncuda: {max_num_iterations: 20}\n")
+    assert presets.load_preset(path, "cpu").max_num_iterations == 10
+    config = presets.load_preset(path, "cuda")
+    assert (config.max_num_iterations, config.steps_per_save, config.method_name) == (20, 4, "mine")
+
+
+@pytest.mark.parametrize(
+    "text, message",
+    [
+        ("max_num_iterations: 10", "mine.yaml: unknown section 'max_num_iterations'; a preset has the sections"),
+        ("common: {max_num_iterations: 0}", "mine.yaml: --max-num-iterations 0: allowed is at least 1"),
+        ("common: 3", "the section 'common' must hold"),
+    ],
+)
+def test_a_wrong_preset_file_is_one_line(tmp_path, text, message):
+    (tmp_path / "mine.yaml").write_text(text)
+    with pytest.raises(InputError, match=message):
+        presets.load_preset(tmp_path / "mine.yaml")
+
+
+def test_settings_from_the_environment_come_on_top_of_each_preset(tmp_path, monkeypatch):
+    from infnerf_ns.methods import method
+
+    path = tmp_path / "mine.yaml"
+    path.write_text("common: {max_num_iterations: 123}")
+    monkeypatch.setenv(presets.SETTINGS_VARIABLE, str(path))
+    specification = method("infnerf-small")
+    assert specification.config.max_num_iterations == 123 and specification.config.method_name == "infnerf-small"
+    monkeypatch.setenv(presets.SETTINGS_VARIABLE, str(tmp_path / "none.yaml"))
+    with pytest.raises(InputError, match="INFNERF_SETTINGS=.*none.yaml: there is no such file"):
+        method("infnerf-small")
+
+
+def test_an_installed_package_finds_its_presets_inside_itself(tmp_path, monkeypatch):
+    (tmp_path / "infnerf_ns" / "configs").mkdir(parents=True)
+    monkeypatch.setattr(presets, "__file__", str(tmp_path / "infnerf_ns" / "presets.py"))
+    assert presets.presets_folder() == tmp_path / "infnerf_ns" / "configs"
+
+
+def test_every_method_is_registered_with_nerfstudio_under_its_name():
+    from infnerf_ns import methods
+
+    for specification in (methods.infnerf, methods.infnerf_small, methods.infnerf_big):
+        assert specification.config.machine.device_type == ("cuda" if torch.cuda.is_available() else "cpu")
+    assert methods.infnerf_small.config.method_name == "infnerf-small"
+
+
+def test_the_settings_module_needs_neither_nerfstudio_nor_torch():
+    """Regression guard: a dataparser entry point may import it, and nerfstudio would then import itself in a circle."""
+    import subprocess
+
+    code = "import sys, infnerf_ns.validation; sys.exit(any(m in sys.modules for m in ('torch', 'nerfstudio')))"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
