@@ -56,6 +56,8 @@ class FieldConfig:
     """Finest resolution of a node's proposal grid."""
     proposal_log2_table_size: Annotated[int, Range(8, 26)] = 18
     """Most entries of a level of a node's proposal grid, as a power of two."""
+    downweight: Annotated[float, Range(0.0, 16.0)] = 1.0
+    """Strength of Zip-NeRF's down-weighting of hash levels finer than the sample's footprint (0: off; larger: sharper)."""
     backend: Literal["auto", "torch", "numba"] = "auto"
     """Kernel backend; auto takes numba for CPU tensors."""
 
@@ -68,6 +70,8 @@ class Routed(NamedTuple):
     node: Int[Tensor, "M"]
     order: Int[Tensor, "M"]
     """place of each routed sample in the caller's order"""
+    footprints: Float[Tensor, "M"] | None
+    """radii in scene units"""
 
 
 def _uniform(*shape: int, bound: float) -> Tensor:
@@ -183,9 +187,9 @@ class OctreeField(nn.Module):
         path = self.octree.route(unit, footprints, cap)
         node = path.max(dim=1).values
         order = torch.argsort(node)
-        return Routed(unit[order], path[order], node[order], order)
+        return Routed(unit[order], path[order], node[order], order, None if footprints is None else footprints[order])
 
-    def with_parents(self, routed: Routed, weight: Float[Tensor, "M"]) -> tuple[Routed, Float[Tensor, "M2"], Int[Tensor, "M2"]]:
+    def with_parents(self, routed: Routed, weight: Float[Tensor, "M"]) -> tuple[Routed, Float[Tensor, "M2"]]:
         """Adds the parent's evaluation where a node's weight against it is below 1 (the blend between adjacent levels).
 
         Args:
@@ -193,7 +197,7 @@ class OctreeField(nn.Module):
             weight: weight of each routed sample's own node (:meth:`Octree.fraction`).
 
         Returns:
-            The enlarged routed samples, their weights, and the routed sample that each belongs to.
+            The enlarged routed samples and their weights.
         """
         mixed = torch.nonzero(weight < 1)[:, 0]
         path = torch.cat([routed.path, routed.path[mixed]])
@@ -204,7 +208,8 @@ class OctreeField(nn.Module):
         weight = torch.cat([weight, 1 - weight[mixed]])
         order = torch.argsort(node)
         owner = owner[order]
-        return Routed(routed.unit[owner], path[order], node[order], routed.order[owner]), weight[order], owner
+        footprints = None if routed.footprints is None else routed.footprints[owner]
+        return Routed(routed.unit[owner], path[order], node[order], routed.order[owner], footprints), weight[order]
 
     def _slices(self, node: Int[Tensor, "M"]) -> list[tuple[int, int]]:
         """Per level: the range of the sorted samples whose node is of that level."""
@@ -252,6 +257,8 @@ class OctreeField(nn.Module):
             row = node - octree.first_of_level[level]
             bank = self.grids[level].detach() if frozen else self.grids[level]
             features = hash_encode(local, row, bank, self.layouts[level], self.config.backend)
+            if self.config.downweight and routed.footprints is not None:
+                features = features * self._hash_level_weights(level, routed.footprints[a:b])
             if not residual:
                 pieces.append(features)
                 continue
@@ -260,6 +267,14 @@ class OctreeField(nn.Module):
             return torch.cat(pieces) if pieces else routed.unit.new_zeros(0, self.density_widths[0])
         features = torch.cat(pieces, dim=1) if len(pieces) > 1 else pieces[0]
         return nn.functional.pad(features, (0, self.density_widths[0] - features.shape[1]))
+
+    def _hash_level_weights(self, level: int, footprints: Float[Tensor, "S"]) -> Float[Tensor, "S LF"]:
+        """Weight of each hash feature: how much of a cell's detail is left in the mean over the footprint (Zip-NeRF, eq. 9)."""
+        layout = self.layouts[level]
+        side = self.octree.cube.side * (2.0 if level == 0 else 2.0**-level)
+        cells = torch.from_numpy(side / layout.scales).to(footprints)
+        weight = torch.erf(self.config.downweight * cells / (8**0.5 * footprints[:, None].clamp(min=1e-12)))
+        return weight.repeat_interleave(layout.features, dim=1)
 
     def density(self, routed: Routed, frozen: bool = False) -> tuple[Float[Tensor, "M"], Float[Tensor, "M geo"]]:
         """Density per scene unit and geometry features of routed samples (in routed order).

@@ -290,7 +290,7 @@ class InfNeRFModel(Model):
         share = torch.ones(len(positions), device=positions.device)
         if blend and footprints is not None:
             share = octree.fraction(octree.level[routed.node], footprints[routed.order])
-            routed, share, _ = self.field.with_parents(routed, share)
+            routed, share = self.field.with_parents(routed, share)
         density, geo = self.field.density(routed)
 
         sample_density = torch.zeros_like(positions[:, 0]).index_add(0, routed.order, share * density)
