@@ -179,12 +179,23 @@ class OctreeField(nn.Module):
     # -- evaluation -----------------------------------------------------------------------------------------------------------
 
     def route(
-        self, positions: Float[Tensor, "M 3"], footprints: Float[Tensor, "M"] | None, max_level: int | None = None
+        self,
+        positions: Float[Tensor, "M 3"],
+        footprints: Float[Tensor, "M"] | None,
+        max_level: int | None = None,
+        coarsen: Float[Tensor, "M"] | None = None,
     ) -> Routed:
-        """Find the nodes of all samples and sort them by node; ``max_level`` cuts the tree further than training has."""
+        """Find the nodes of all samples and sort them by node.
+
+        Args:
+            positions: world positions.
+            footprints: radii in scene units; None asks for the finest nodes.
+            max_level: a cut of the tree, further than training has come.
+            coarsen: factors by which the footprints count as larger for the choice of the node (not for the node's hash levels).
+        """
         cap = int(self.active_level) if max_level is None else min(max_level, int(self.active_level))
         unit = self.octree.cube.to_unit(positions)
-        path = self.octree.route(unit, footprints, cap)
+        path = self.octree.route(unit, footprints if coarsen is None else footprints * coarsen, cap)
         node = path.max(dim=1).values
         order = torch.argsort(node)
         return Routed(unit[order], path[order], node[order], order, None if footprints is None else footprints[order])
@@ -247,13 +258,15 @@ class OctreeField(nn.Module):
     def _features(self, routed: Routed, slices: list[tuple[int, int]], frozen: bool) -> Tensor:
         octree, residual = self.octree, self.config.children == "residual"
         total = len(routed.node)
+        if total == 0:
+            return routed.unit.new_zeros(0, self.density_widths[0])
         pieces = []
         for level, (a, b) in enumerate(slices):
             b = total if residual else b  # deeper samples come after, and read this level's features too
             if a == b:
                 continue
             node = routed.path[a:b, level]
-            local = octree.local(routed.unit[a:b], node)
+            local = octree.local(routed.unit[a:b], node, level)
             row = node - octree.first_of_level[level]
             bank = self.grids[level].detach() if frozen else self.grids[level]
             features = hash_encode(local, row, bank, self.layouts[level], self.config.backend)
@@ -264,7 +277,7 @@ class OctreeField(nn.Module):
                 continue
             pieces.append(nn.functional.pad(features, (0, 0, a, 0)) if a else features)
         if not residual:
-            return torch.cat(pieces) if pieces else routed.unit.new_zeros(0, self.density_widths[0])
+            return torch.cat(pieces)
         features = torch.cat(pieces, dim=1) if len(pieces) > 1 else pieces[0]
         return nn.functional.pad(features, (0, self.density_widths[0] - features.shape[1]))
 
@@ -301,6 +314,8 @@ class OctreeField(nn.Module):
 
     def normals(self, positions: Float[Tensor, "M 3"], footprints: Float[Tensor, "M"] | None) -> Float[Tensor, "M 3"]:
         """Unit normals: the direction in which the density falls fastest, world frame."""
+        if len(positions) == 0:  # a chunk of rays into empty space
+            return torch.zeros_like(positions)
         with torch.enable_grad():
             positions = positions.detach().requires_grad_()
             routed = self.route(positions, footprints)
@@ -322,7 +337,7 @@ class OctreeField(nn.Module):
             if level and len(at) == 0:
                 break
             row = node[at] - octree.first_of_level[level]
-            local = octree.local(unit[at], node[at])
+            local = octree.local(unit[at], node[at], level)
             part = hash_encode(local, row, self.proposals[level], self.proposal_layouts[level], self.config.backend).sum(-1)
             log_density = log_density.index_add(0, at, part) if level else part
         return trunc_exp(log_density - 1.0) * (2.0 / octree.cube.side)
@@ -369,7 +384,9 @@ def octree_from_state(state: dict[str, Tensor], prefix: str) -> Octree:
 
 
 def in_place_gradients(field: OctreeField) -> None:
-    """Let the CPU kernels write bank gradients in place (for training with NodeAdam)."""
+    """Let the CPU kernels write bank gradients in place (for training with NodeAdam); the torch backend cannot."""
+    if field.config.backend == "torch":
+        return
     for banks in (field.grids, field.decoders, field.proposals):
         for bank in banks:
             enable_bank_gradient(bank)

@@ -37,7 +37,13 @@ from infnerf_ns.losses import ray as ray_losses
 from infnerf_ns.losses import reconstruction
 from infnerf_ns.losses import tree as tree_losses
 from infnerf_ns.octree import Octree, RootCube, build_octree, root_cube
-from infnerf_ns.sampler import ORTHOGRAPHIC_FOOTPRINT, LoDSampler, SamplerConfig, sample_geometry
+from infnerf_ns.sampler import (
+    ORTHOGRAPHIC_FOOTPRINT,
+    LoDSampler,
+    SamplerConfig,
+    random_coarsening,
+    sample_geometry,
+)
 from infnerf_ns.validation import Range
 
 APPEARANCE = "appearance_code"
@@ -114,6 +120,19 @@ class InfNeRFModelConfig(ModelConfig):
     """Evaluation blends a node with its parent by the fractional level, so that nothing pops while the camera moves."""
     render_normals: bool = True
     """Rendered images have an output `normals` (point clouds and Poisson meshes need it)."""
+
+    def check(self) -> list[str]:
+        """Values that do not fit each other."""
+        problems = []
+        resolution, base = self.octree.node_resolution, self.field.base_resolution
+        if resolution <= base:
+            problems.append(
+                f"--pipeline.model.octree.node-resolution {resolution}: must be above"
+                f" --pipeline.model.field.base-resolution {base}"
+            )
+        if not self.sampler.proposal_samples:
+            problems.append("--pipeline.model.sampler.proposal-samples: at least one round is needed, e.g. 64 32")
+        return problems
 
 
 class InfNeRFModel(Model):
@@ -286,7 +305,12 @@ class InfNeRFModel(Model):
         if blend and footprints is not None:
             # Training draws the level of a sample from lod + u, u in -1/2..1/2; this blend is its expectation.
             footprints = footprints / math.sqrt(2)
-        routed = self.field.route(positions, footprints)
+        coarsen = None
+        if self.training and footprints is not None:
+            octaves = int(self.field.active_level)
+            coarsen = random_coarsening(rays, per_ray, self.config.sampler.coarse_share, octaves)
+            coarsen = None if coarsen is None else coarsen.to(positions.device)
+        routed = self.field.route(positions, footprints, coarsen=coarsen)
         share = torch.ones(len(positions), device=positions.device)
         if blend and footprints is not None:
             share = octree.fraction(octree.level[routed.node], footprints[routed.order])

@@ -22,6 +22,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from infnerf_ns.footprint import continuous_level, level_gsd
+from infnerf_ns.kernels import route_on_cpu, use_numba
 
 _OCTANTS = torch.tensor([[(o >> 0) & 1, (o >> 1) & 1, (o >> 2) & 1] for o in range(8)])
 
@@ -157,11 +158,10 @@ class Octree:
             gsd_sharpness=self.gsd_sharpness,
         )
 
-    def local(self, unit: Float[Tensor, "M 3"], node: Int[Tensor, "M"]) -> Float[Tensor, "M 3"]:
-        """Unit coordinates to the local frames of the given nodes (contracted in the root)."""
-        level = self.level[node]
-        inside = unit * (2.0**level)[:, None] - self.coords[node]
-        return torch.where((level == 0)[:, None], contract(unit), inside).clamp(0.0, 1.0 - 2.0**-24)
+    def local(self, unit: Float[Tensor, "M 3"], node: Int[Tensor, "M"], level: int) -> Float[Tensor, "M 3"]:
+        """Unit coordinates to the local frames of the given nodes, all of one level (contracted in the root)."""
+        inside = contract(unit) if level == 0 else unit * 2.0**level - self.coords[node]
+        return inside.clamp(0.0, 1.0 - 2.0**-24)
 
     def route(
         self, unit: Float[Tensor, "M 3"], footprints: Float[Tensor, "M"] | None, max_level: int | None = None
@@ -179,6 +179,9 @@ class Octree:
         deepest = self.depth if max_level is None else min(self.depth, max_level)
         path = torch.full((len(unit), deepest + 1), -1, dtype=torch.long, device=unit.device)
         path[:, 0] = 0
+        if use_numba("auto", unit):
+            gsd = [self.gsd(level) for level in range(deepest + 1)]
+            return route_on_cpu(unit, footprints, self.children, gsd, path)
         active = torch.nonzero(((unit >= 0) & (unit < 1)).all(dim=-1))[:, 0] if deepest > 0 else None
         bit = torch.tensor([1, 2, 4], device=unit.device)
         for level in range(deepest):
@@ -205,7 +208,12 @@ class Octree:
         unit = self.cube.to_unit(positions)
         path = self.route(unit, footprints, max_level)
         node = path.max(dim=1).values  # nodes are sorted by level, so the deepest of a path has the highest number
-        return Located(node, self.local(unit, node), self.fraction(self.level[node], footprints))
+        level = self.level[node]
+        local = torch.empty_like(unit)
+        for each in range(path.shape[1]):
+            at = level == each
+            local[at] = self.local(unit[at], node[at], each)
+        return Located(node, local, self.fraction(level, footprints))
 
     def fraction(self, level: Int[Tensor, "M"], footprints: Float[Tensor, "M"] | None) -> Float[Tensor, "M"]:
         """Weight of a node of the given level against its parent for a sample of the given footprint (see :class:`Located`)."""

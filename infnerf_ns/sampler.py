@@ -46,6 +46,9 @@ class SamplerConfig:
     """Near plane in scene units; by default half of the 0.1 percentile of the SfM depths."""
     far_factor: Annotated[float, Range(1.0, 1e6)] = 100.0
     """Far plane, in edge lengths of the root cube."""
+    coarse_share: Annotated[float, Range(0.0, 1.0)] = 0.25
+    """Share of the training rays that are routed to coarser nodes than their footprint asks for, so that coarse nodes go on
+    learning from the fine pixels when finer nodes have started."""
     footprint_jitter: bool = True
     """Training perturbs the footprint by 2**(u - 1/2), u uniform in 0..1, so that adjacent levels learn each other's samples."""
 
@@ -61,20 +64,30 @@ class LoDSampler(nn.Module):
 
     def __init__(self, config: SamplerConfig, near: float, bend: float) -> None:
         super().__init__()
-        self.config, self.near, self.far = config, near, config.far_factor * bend
-        bend = max(bend, 2 * near)
-
-        # Equal steps of log t are equal steps of footprint, what a level-of-detail tree wants; beyond the scene disparity, so that
-        # the background does not take half of the samples. Value and slope agree at the bend.
-        def spacing(t: Tensor) -> Tensor:
-            ratio = t / bend
-            return torch.where(ratio < 1, torch.log(ratio.clamp(min=1e-9)), 1 - 1 / ratio.clamp(min=1))
-
-        def inverse(s: Tensor) -> Tensor:
-            return bend * torch.where(s < 0, torch.exp(s.clamp(max=0)), 1 / (1 - s.clamp(min=0)).clamp(min=1e-9))
-
-        self.initial = SpacedSampler(spacing, inverse, train_stratified=True, single_jitter=True)
+        self.config = config
+        # A buffer: a loaded checkpoint must be rendered with the range that it was trained with.
+        self.register_buffer("range", torch.tensor([near, max(bend, 2 * near)], dtype=torch.float64))
+        self.initial = SpacedSampler(self._spacing, self._spacing_inverse, train_stratified=True, single_jitter=True)
         self.pdf = PDFSampler(include_original=False, single_jitter=True)
+
+    @property
+    def near(self) -> float:
+        """Near plane, scene units."""
+        return float(self.range[0])
+
+    @property
+    def bend(self) -> float:
+        """Distance at which the spacing changes from logarithm to disparity, scene units."""
+        return float(self.range[1])
+
+    # Equal steps of log t are equal steps of footprint, what a level-of-detail tree wants; beyond the scene disparity, so that the
+    # background does not take half of the samples. Value and slope agree at the bend.
+    def _spacing(self, t: Tensor) -> Tensor:
+        ratio = t / self.bend
+        return torch.where(ratio < 1, torch.log(ratio.clamp(min=1e-9)), 1 - 1 / ratio.clamp(min=1))
+
+    def _spacing_inverse(self, s: Tensor) -> Tensor:
+        return self.bend * torch.where(s < 0, torch.exp(s.clamp(max=0)), 1 / (1 - s.clamp(min=0)).clamp(min=1e-9))
 
     def anneal(self, step: int) -> float:
         """Exponent of the proposal weights (mip-NeRF 360, section C)."""
@@ -91,8 +104,12 @@ class LoDSampler(nn.Module):
         self, rays: RayBundle, density_fn: DensityFn, step: int
     ) -> tuple[RaySamples, list[Float[Tensor, "R S 1"]], list[RaySamples]]:
         """Samples for the field, and weights and samples of every proposal round."""
-        rays.nears = torch.full_like(rays.origins[:, :1], self.near)
-        rays.fars = torch.full_like(rays.origins[:, :1], self.far)
+        if rays.nears is None or rays.fars is None:
+            rays.nears = torch.full_like(rays.origins[:, :1], self.near)
+            rays.fars = torch.full_like(rays.origins[:, :1], self.config.far_factor * self.bend)
+        else:  # a crop box of the viewer or of a camera path has set them
+            rays.nears = rays.nears.clamp(min=self.near)
+            rays.fars = torch.maximum(rays.fars, rays.nears)
         trains = self.training and self.updates_proposals(step)
         anneal = self.anneal(step) if self.training else 1.0
         weights_list, samples_list = [], []
@@ -140,3 +157,12 @@ def sample_geometry(
     if jitter:
         radii = radii * 2 ** (torch.rand_like(radii) - 0.5)
     return positions, radii
+
+
+def random_coarsening(rays: int, per_ray: int, share: float, octaves: int) -> Float[Tensor, "M"] | None:
+    """Factors 2**k, one k in 1..octaves for each ray of a random share of the rays, 1 for the others; None if nothing changes."""
+    if share == 0 or octaves == 0:
+        return None
+    factor = 2.0 ** torch.randint(1, octaves + 1, (rays,))
+    factor = torch.where(torch.rand(rays) < share, factor, torch.ones(()))
+    return factor.repeat_interleave(per_ray)

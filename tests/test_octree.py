@@ -63,6 +63,20 @@ def test_locate_agrees_with_a_walk_down_the_definition(seed: int) -> None:
     assert bool(((located.local >= 0) & (located.local < 1)).all())
 
 
+@given(seeds)
+@settings(max_examples=20, deadline=None)
+def test_route_in_numba_is_the_route_in_torch(seed: int) -> None:
+    tree = _random_tree(seed)
+    generator = torch.Generator().manual_seed(seed)
+    unit = torch.rand(300, 3, generator=generator) * 1.2 - 0.1
+    footprints = tree.gsd(0) * 2 ** (torch.rand(300, generator=generator) * 8 - 5)
+    for radii in (None, footprints):
+        for cap in (None, 1):
+            # Float64 samples take the torch walk; every float32 is exact in float64.
+            reference = tree.route(unit.double(), None if radii is None else radii.double(), cap)
+            assert torch.equal(tree.route(unit, radii, cap), reference)
+
+
 @given(seeds, st.integers(0, 4))
 @settings(max_examples=20, deadline=None)
 def test_a_cut_is_a_cap_on_the_path(seed: int, cap: int) -> None:

@@ -223,3 +223,13 @@ def test_a_level_sees_the_centres_and_areas_of_its_blocks() -> None:
     ratio = drawn.pixel_area[:, 0] / full.pixel_area[:, 0]
     torch.testing.assert_close(ratio, 4.0**draw.level, rtol=0.15, atol=0)
     assert len(draw.level.unique()) == 4
+
+
+def test_level_share_gives_every_level_the_same_chance() -> None:
+    """With share 1 the levels are drawn alike; with share 1/2, half of the rays are."""
+    for share in (1.0, 0.5):
+        pyramid = PixelPyramid([(64, 96)], 3, 4, level_share=share)
+        count = torch.bincount(pyramid.draw(40_000, generator=torch.Generator().manual_seed(0)).level, minlength=4)
+        pixels = (pyramid.height * pyramid.width).double()
+        expected = 40_000 * (share / 4 + (1 - share) * pixels / pixels.sum())
+        assert (count - expected).abs().max() < 5 * expected.sqrt().max()

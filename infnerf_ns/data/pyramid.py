@@ -96,9 +96,18 @@ class PixelPyramid:
         channels: 3, or 4 with alpha.
         max_levels: levels per photo, fewer for small photos.
         masked: whether photos come with masks.
+        level_share: share of the draws in which every level has the same chance instead of every pixel.
     """
 
-    def __init__(self, sizes: list[tuple[int, int]], channels: int, max_levels: int, masked: bool = False) -> None:
+    def __init__(
+        self,
+        sizes: list[tuple[int, int]],
+        channels: int,
+        max_levels: int,
+        masked: bool = False,
+        level_share: float = 0.0,
+    ) -> None:
+        self.level_share = level_share
         segments = [
             (photo, level, height >> level, width >> level)
             for photo, (height, width) in enumerate(sizes)
@@ -142,7 +151,8 @@ class PixelPyramid:
         return self
 
     def draw(self, num_rays: int, patch_size: int = 1, generator: torch.Generator | None = None) -> PixelDraw:
-        """Draws uniformly over the valid pixels of all levels; the same seed draws the same pixels.
+        """Draws uniformly over the valid pixels of all levels (or partly over the levels: ``level_share``); the same seed draws the
+        same pixels.
 
         Args:
             num_rays: R; with patches, rounded down to whole patches.
@@ -174,14 +184,24 @@ class PixelPyramid:
         kept: list[Tensor] = []
         missing = count
         for _ in range(_MAX_ROUNDS):
-            flat = torch.randint(
-                self.num_pixels, (missing,), generator=generator, device=self.start.device, dtype=torch.int64
-            )
+            flat = self._draw_flat(missing, generator)
             kept.append(flat[self._fits(flat, patch_size)])
             missing -= len(kept[-1])
             if missing == 0:
                 return kept[0] if len(kept) == 1 else torch.cat(kept)
         raise ValueError(f"no {patch_size} x {patch_size} patch of valid pixels found in {_MAX_ROUNDS} rounds of draws")
+
+    def _draw_flat(self, count: int, generator: torch.Generator | None) -> Int[Tensor, "n"]:
+        """Flat indices, masked pixels included."""
+        device, by_level = self.start.device, round(self.level_share * count)
+        options = {"generator": generator, "device": device}
+        flat = torch.randint(self.num_pixels, (count - by_level,), dtype=torch.int64, **options)
+        if by_level == 0:
+            return flat
+        segment = torch.randint(len(self.start), (by_level,), **options)
+        size = (self.height * self.width)[segment]
+        place = (torch.rand(by_level, dtype=torch.float64, **options) * size).long().clamp(max=size - 1)
+        return torch.cat([flat, self.start[segment] + place])
 
     def _fits(self, flat: Int[Tensor, "n"], patch_size: int) -> Bool[Tensor, "n"]:
         """Whether the pixel (the patch right and below it) is inside its level and valid."""

@@ -51,6 +51,9 @@ class PyramidDataManagerConfig(VanillaDataManagerConfig):
     _target: type = field(default_factory=lambda: PyramidDataManager)
     num_pyramid_levels: Annotated[int, Range(1, 16)] = 5
     """Pyramid levels per photo: 1, 1/2 ... 1/16. A photo has fewer where a level would be smaller than 8 pixels."""
+    level_share: Annotated[float, Range(0.0, 1.0)] = 0.0
+    """Share of the training rays in which every pyramid level has the same chance. The others are uniform over the pixels of all
+    levels (the paper), of which the coarsest level has less than 1 in 300."""
     ray_table_mib: Annotated[int, Range(0)] = 512
     """Memory for precomputed ray directions (16 bytes per pixel of one photo, photos with equal intrinsics share them).
     If they do not fit, rays are computed anew for every batch, which is about 10 times slower."""
@@ -239,7 +242,7 @@ class PyramidDataManager(VanillaDataManager):
 
     def _load_source(self, dataset: InputDataset, name: str, table_bytes: int) -> _RaySource:
         pyramid = load_pyramid(
-            dataset, self.config.num_pyramid_levels, name, ignore_masks=self.config.pixel_sampler.ignore_mask
+            dataset, self.config.num_pyramid_levels, name, self.config.pixel_sampler.ignore_mask, self.config.level_share
         )
         if not pyramid.any_valid():
             raise InputError(f"the masks hide every pixel of the {name} photos: in a mask 0 means ignore")
@@ -305,7 +308,9 @@ def _with_points(config: DataParserConfig, points: bool) -> DataParserConfig:
     return config
 
 
-def load_pyramid(dataset: InputDataset, max_levels: int, name: str, ignore_masks: bool = False) -> PixelPyramid:
+def load_pyramid(
+    dataset: InputDataset, max_levels: int, name: str, ignore_masks: bool = False, level_share: float = 0.0
+) -> PixelPyramid:
     """Decodes all photos of a dataset, in threads, into a pyramid.
 
     Args:
@@ -313,6 +318,7 @@ def load_pyramid(dataset: InputDataset, max_levels: int, name: str, ignore_masks
         max_levels: pyramid levels per photo.
         name: of the split, for the progress bar.
         ignore_masks: draw masked pixels, too.
+        level_share: share of the draws in which every level has the same chance.
 
     Raises:
         InputError: a photo or mask cannot be decoded.
@@ -324,7 +330,7 @@ def load_pyramid(dataset: InputDataset, max_levels: int, name: str, ignore_masks
     channels = 3 if composited else max(3, max(bands for _, _, bands in headers))
     crop_radius = (dataset.cameras.metadata or {}).get("fisheye_crop_radius")
     masked = (outputs.mask_filenames is not None and not ignore_masks) or crop_radius is not None
-    pyramid = PixelPyramid(sizes, channels, max_levels, masked)
+    pyramid = PixelPyramid(sizes, channels, max_levels, masked, level_share)
     image_type = (
         "float32" if composited or dataset.mask_color else "uint8"
     )  # nerfstudio truncates composited uint8 colours

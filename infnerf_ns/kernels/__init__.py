@@ -6,8 +6,18 @@
 Backends: ``torch`` (readable reference and test oracle, any device) and ``numba`` (CPU). ``auto`` takes numba for CPU tensors.
 """
 
-from infnerf_ns.kernels._dispatch import BACKENDS, grouped_mlp, hash_encode, mlp_page_size
+from infnerf_ns.kernels._dispatch import BACKENDS, grouped_mlp, hash_encode, mlp_page_size, route_on_cpu, use_numba
 from infnerf_ns.kernels.gradients import bank_gradient, enable_bank_gradient
 from infnerf_ns.kernels.layout import HashLayout
 
-__all__ = ["BACKENDS", "HashLayout", "bank_gradient", "enable_bank_gradient", "grouped_mlp", "hash_encode", "mlp_page_size"]
+__all__ = [
+    "BACKENDS",
+    "HashLayout",
+    "bank_gradient",
+    "enable_bank_gradient",
+    "grouped_mlp",
+    "hash_encode",
+    "mlp_page_size",
+    "route_on_cpu",
+    "use_numba",
+]

@@ -12,7 +12,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from infnerf_ns.kernels import hash_numba, mlp_numba
+from infnerf_ns.kernels import hash_numba, mlp_numba, route_numba
 from infnerf_ns.kernels.gradients import bank_gradient
 from infnerf_ns.kernels.hash_torch import hash_encode_torch
 from infnerf_ns.kernels.layout import HashLayout
@@ -25,7 +25,8 @@ _numba_lock = threading.Lock()
 """numba's built-in thread pool must not be entered by two threads at once, and the viewer renders from a thread of its own."""
 
 
-def _use_numba(backend: Backend, tensor: Tensor) -> bool:
+def use_numba(backend: Backend, tensor: Tensor) -> bool:
+    """Whether samples like this tensor are evaluated by numba."""
     if backend == "numba" and tensor.device.type != "cpu":
         raise ValueError(f"the numba backend runs on the CPU, but the samples are on {tensor.device}; use backend 'auto'")
     return backend == "numba" or (backend == "auto" and tensor.device.type == "cpu" and tensor.dtype == torch.float32)
@@ -51,9 +52,23 @@ def hash_encode(
         Features, coarse level first. Gradients to the bank and, where required, to the positions are exact. A bank with an
         in-place gradient (:func:`infnerf_ns.kernels.enable_bank_gradient`) receives its gradient directly in ``bank.grad``.
     """
-    if not _use_numba(backend, positions):
+    if not use_numba(backend, positions):
         return hash_encode_torch(positions, row, bank, layout)
     return _HashEncode.apply(positions, row, bank, layout)
+
+
+def route_on_cpu(
+    unit: Float[Tensor, "M 3"],
+    footprints: Float[Tensor, "M"] | None,
+    children: Int[Tensor, "N 8"],
+    gsd: list[float],
+    path: Int[Tensor, "M K"],
+) -> Int[Tensor, "M K"]:
+    """The numba form of :meth:`infnerf_ns.octree.Octree.route`; fills and returns ``path``."""
+    radii = np.empty(0, np.float32) if footprints is None else _flat(footprints.float())
+    with _numba_lock:
+        route_numba.route(_flat(unit), radii, _flat(children), np.array(gsd), path.numpy())
+    return path
 
 
 def mlp_page_size(widths: tuple[int, ...]) -> int:
@@ -83,7 +98,7 @@ def grouped_mlp(
         used_inputs: leading inputs of each group that can differ from zero (a promise that saves work); None: all.
         backend: ``auto``, ``torch`` or ``numba``.
     """
-    if not _use_numba(backend, inputs):
+    if not use_numba(backend, inputs):
         return grouped_mlp_torch(inputs, starts, rows, bank, offset, widths)
     used = torch.full_like(rows, widths[0]) if used_inputs is None else used_inputs
     return _GroupedMLP.apply(inputs, starts, rows, bank, offset, widths, used)

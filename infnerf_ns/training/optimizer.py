@@ -18,7 +18,7 @@ import torch
 from nerfstudio.engine.optimizers import AdamOptimizerConfig
 from torch import Tensor
 
-from infnerf_ns.kernels import bank_gradient, enable_bank_gradient
+from infnerf_ns.kernels import bank_gradient
 from infnerf_ns.kernels.hash_numba import BLOCK_SHIFT
 
 
@@ -30,13 +30,25 @@ class NodeAdam(torch.optim.Optimizer):
         lr: learning rate.
         betas: decay of the two moments.
         eps: added to the root of the second moment.
+        warmup: steps of a node's own over which its learning rate rises to ``lr``. A node that starts from what its parent knows has
+            no moments yet, and Adam's first steps would move every weight by the whole rate.
     """
 
-    def __init__(self, params, lr: float = 1e-2, betas: tuple[float, float] = (0.9, 0.99), eps: float = 1e-15) -> None:
-        super().__init__(params, {"lr": lr, "betas": betas, "eps": eps})
-        for group in self.param_groups:
-            for bank in group["params"]:
-                enable_bank_gradient(bank)
+    def __init__(
+        self,
+        params,
+        lr: float = 1e-2,
+        betas: tuple[float, float] = (0.9, 0.99),
+        eps: float = 1e-15,
+        warmup: int = 0,
+    ) -> None:
+        super().__init__(params, {"lr": lr, "betas": betas, "eps": eps, "warmup": warmup})
+
+    def load_state_dict(self, state_dict: dict) -> None:
+        """Torch casts a state to the type of its Parameter: the counters become whole numbers again."""
+        super().load_state_dict(state_dict)
+        for state in self.state.values():
+            state["row_steps"] = state["row_steps"].long()
 
     def _moments(self, bank: Tensor) -> dict:
         state = self.state[bank]
@@ -66,7 +78,7 @@ class NodeAdam(torch.optim.Optimizer):
                 state["row_steps"][torch.from_numpy(rows)] += 1
                 _touched_step(
                     bank.detach().numpy(), held.grad.numpy(), held.touched.numpy(), rows, state["row_steps"].numpy(),
-                    state["exp_avg"].numpy(), state["exp_avg_sq"].numpy(), group["lr"], *group["betas"], group["eps"],
+                    state["exp_avg"].numpy(), state["exp_avg_sq"].numpy(), group["lr"], *group["betas"], group["eps"], group["warmup"],
                 )  # fmt: skip
                 held.rows.zero_()
 
@@ -94,20 +106,20 @@ def _dense_step(bank: Tensor, state: dict, group: dict) -> None:
     for name, beta, power in (("exp_avg", beta1, 1), ("exp_avg_sq", beta2, 2)):
         moment = state[name]
         moment.copy_(torch.where(touched, beta * moment + (1 - beta) * bank.grad**power, moment))
-    rate = (group["lr"] / (1 - beta1**steps)).float()
+    rate = (group["lr"] * (steps / max(group["warmup"], 1)).clamp(max=1) / (1 - beta1**steps)).float()
     root = (state["exp_avg_sq"] / (1 - beta2**steps).float()).sqrt() + group["eps"]
     bank.sub_(torch.where(touched, rate * state["exp_avg"] / root, torch.zeros_like(bank)))
 
 
 @nb.njit(parallel=True, cache=True, fastmath=True, error_model="numpy", boundscheck=False)
-def _touched_step(bank, grad, touched, rows, row_steps, exp_avg, exp_avg_sq, lr, beta1, beta2, eps):
+def _touched_step(bank, grad, touched, rows, row_steps, exp_avg, exp_avg_sq, lr, beta1, beta2, eps, warmup):
     page = bank.shape[1]
     blocks = touched.shape[1]
     shares = 8  # several shares per node, so that one node alone still keeps all threads busy
     for task in nb.prange(len(rows) * shares):
         r = rows[task // shares]
         b1, b2, small = np.float32(beta1), np.float32(beta2), np.float32(eps)
-        rate = np.float32(lr / (1 - beta1 ** row_steps[r]))
+        rate = np.float32(lr * min(1.0, row_steps[r] / max(warmup, 1)) / (1 - beta1 ** row_steps[r]))
         correction = np.float32(1 / np.sqrt(1 - beta2 ** row_steps[r]))
         share = task % shares
         for block in range(blocks * share // shares, blocks * (share + 1) // shares):
@@ -147,7 +159,9 @@ class NodeAdamOptimizerConfig(AdamOptimizerConfig):
     """Added to the root of the second moment."""
     betas: tuple[float, float] = (0.9, 0.99)
     """Decay of the two moments."""
+    warmup: int = 100
+    """Steps of a node's own over which its learning rate rises."""
 
     def setup(self, params) -> torch.optim.Optimizer:
         """The optimizer (nerfstudio's ``weight_decay`` does not apply: it would visit every entry)."""
-        return NodeAdam(params, lr=self.lr, betas=self.betas, eps=self.eps)
+        return NodeAdam(params, lr=self.lr, betas=self.betas, eps=self.eps, warmup=self.warmup)

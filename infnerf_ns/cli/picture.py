@@ -1,0 +1,71 @@
+"""``infnerf-picture``: held-out photos of a trained run beside what the model renders, as one PNG to look at.
+
+A row per photo: the photo, the render, the octree level that each pixel used (blue = root), depth, normals.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import cv2
+import numpy as np
+import torch
+import tyro
+from nerfstudio.utils.eval_utils import eval_setup
+
+from infnerf_ns.errors import InputError
+from infnerf_ns.pipeline import InfNeRFPipeline
+
+
+@dataclass
+class Picture:
+    """Held-out photos, renders, octree levels, depth and normals of a trained run, side by side in a PNG."""
+
+    load_config: Path
+    """config.yml of the run."""
+    output: Path
+    """PNG to write."""
+    photos: tuple[int, ...] = (0,)
+    """Numbers of the held-out photos, one row each."""
+    level: int = 0
+    """Pyramid level to show: 0 full size, 1 half ..."""
+    width: int = 1500
+    """Largest width of the picture in pixels."""
+
+    def main(self) -> None:
+        """Renders and writes the picture."""
+        if not self.load_config.is_file():
+            raise InputError(f"--load-config {self.load_config}: there is no such file; give a run's config.yml")
+        _, pipeline, _, _ = eval_setup(self.load_config)
+        if not isinstance(pipeline, InfNeRFPipeline):
+            raise InputError(f"--load-config {self.load_config}: this is not a run of infnerf")
+        held_out = list(pipeline.datamanager.fixed_indices_eval_dataloader)
+        rows = []
+        for number in self.photos:
+            if not 0 <= number < len(held_out):
+                raise InputError(f"--photos {number}: the run has {len(held_out)} held-out photos, numbered from 0")
+            rows.append(self._row(pipeline, *held_out[number]))
+        narrowest = min(row.shape[1] for row in rows + [np.empty((1, self.width))])
+        scaled = [cv2.resize(row, (narrowest, round(len(row) * narrowest / row.shape[1])), interpolation=cv2.INTER_AREA) for row in rows]
+        picture = np.rint(np.concatenate(scaled).clip(0, 1) * 255).astype(np.uint8)
+        self.output.parent.mkdir(parents=True, exist_ok=True)
+        if not cv2.imwrite(str(self.output), picture[..., ::-1]):
+            raise InputError(f"--output {self.output}: could not be written; give a .png in a folder that exists")
+        print(f"infnerf: wrote {self.output} ({picture.shape[1]} x {picture.shape[0]})")
+
+    def _row(self, pipeline: InfNeRFPipeline, camera, batch) -> np.ndarray:  # noqa: ANN001
+        for level, camera_at_level, image, _ in pipeline.datamanager.eval_pyramid(camera, batch):
+            if level == self.level:
+                break
+        else:
+            raise InputError(f"--level {self.level}: the photos have the pyramid levels 0 to {level}")
+        outputs = pipeline.model.get_outputs_for_camera(camera_at_level.to(pipeline.device))
+        _, images = pipeline.model.get_image_metrics_and_images(outputs, {"image": image})
+        panels = [images[name] for name in ("img", "level", "depth", "normals") if name in images]
+        return torch.cat([panel.cpu() for panel in panels], dim=1).numpy()
+
+
+def entrypoint() -> None:
+    """The console script."""
+    tyro.cli(Picture).main()
