@@ -1,12 +1,15 @@
 """The octree field: routes samples through the tree and evaluates the nodes' hash grids and decoders.
 
-Parameters live in one bank per octree level and kind, ``[nodes_at_level, page]``: ``grids`` (multi-resolution hash grid),
-``decoders`` (density and colour MLP) and ``proposals`` (a small grid of log density for the sampler). The number of Parameters is
-fixed by ``max_level``; a tree of other size replaces the tensors inside of them.
+Parameters live in one bank per octree level and kind, ``[nodes_at_level, page]``: ``grids`` (multi-resolution hash
+grid),
+``decoders`` (density and colour MLP) and ``proposals`` (a small grid of log density for the sampler). The number of
+Parameters is fixed by ``max_level``; a tree of other size replaces the tensors inside of them.
 
 - ``children="independent"`` (InfNeRF): every node is a complete NeRF that knows nothing of its parent.
-- ``children="residual"`` (RING-NeRF's idea on the octree): a child holds only the finer hash levels; a sample reads the features of
-  its node and of all ancestors, finer ones are zero. A child whose features are zero and whose decoder is its parent's *is* its parent.
+- ``children="residual"`` (RING-NeRF's idea on the octree): a child holds only the finer hash levels; a sample reads
+  the features of
+  its node and of all ancestors, finer ones are zero. A child whose features are zero and whose decoder is its parent's
+  *is* its parent.
 """
 
 from __future__ import annotations
@@ -19,8 +22,9 @@ from jaxtyping import Float, Int
 from nerfstudio.field_components.activations import trunc_exp
 from torch import Tensor, nn
 
-from infnerf_ns.kernels import HashLayout, enable_bank_gradient, grouped_mlp, hash_encode, mlp_page_size
+from infnerf_ns.kernels import enable_bank_gradient, grouped_mlp, hash_encode
 from infnerf_ns.octree import Octree, RootCube
+from infnerf_ns.pages import PageLayout
 from infnerf_ns.validation import Range
 
 
@@ -29,12 +33,13 @@ class FieldConfig:
     """Sizes of a node and how nodes relate."""
 
     children: Literal["residual", "independent"] = "residual"
-    """residual: a child adds finer hash levels to its ancestors' features; independent: a child is a complete NeRF (the paper)."""
+    """residual: a child adds finer hash levels to its ancestors' features; independent: a child is a complete NeRF
+    (the paper)."""
     decoder_sharing: Literal["node", "level", "tree"] = "node"
     """Who has an own decoder: every node (the paper), every octree level, or the whole tree one."""
     hash_levels: Annotated[int, Range(1, 24)] = 8
     """Hash levels of a complete node."""
-    child_hash_levels: Annotated[int, Range(1, 16)] = 2
+    child_hash_levels: Annotated[int, Range(1, 16)] = 1
     """Hash levels that a residual child adds; they span the one octave between its parent's finest cell and its own."""
     base_resolution: Annotated[int, Range(2, 512)] = 16
     """Coarsest hash level of a complete node, cells per axis."""
@@ -54,10 +59,11 @@ class FieldConfig:
     """Size of the appearance code of a photo (0: none)."""
     proposal_resolution: Annotated[int, Range(8, 1024)] = 128
     """Finest resolution of a node's proposal grid."""
-    proposal_log2_table_size: Annotated[int, Range(8, 26)] = 18
+    proposal_log2_table_size: Annotated[int, Range(8, 26)] = 17
     """Most entries of a level of a node's proposal grid, as a power of two."""
     downweight: Annotated[float, Range(0.0, 16.0)] = 1.0
-    """Strength of Zip-NeRF's down-weighting of hash levels finer than the sample's footprint (0: off; larger: sharper)."""
+    """Strength of Zip-NeRF's down-weighting of hash levels finer than the sample's footprint (0: off; larger:
+    sharper)."""
     backend: Literal["auto", "torch", "numba"] = "auto"
     """Kernel backend; auto takes numba for CPU tensors."""
 
@@ -91,24 +97,10 @@ class OctreeField(nn.Module):
     def __init__(self, octree: Octree, config: FieldConfig, max_level: int, num_photos: int) -> None:
         super().__init__()
         self.config, self.max_level = config, max_level
-        finest = octree.node_resolution
-        # The root's grid covers the contracted space, in which the root cube is the middle half: twice the cells.
-        complete = (config.hash_levels, config.base_resolution, finest, config.log2_table_size, config.features_per_level)
-        root = HashLayout(config.hash_levels, 2 * config.base_resolution, 2 * finest, *complete[3:])
-        added = config.child_hash_levels
-        first = round(finest / 2 ** ((added - 1) / added))
-        child = HashLayout(added, first, finest, *complete[3:]) if config.children == "residual" else HashLayout(*complete)
-        self.layouts = [root] + [child] * max_level
-        proposal = (config.proposal_log2_table_size, 1)
-        fine = config.proposal_resolution
-        self.proposal_layouts = [HashLayout(4, min(16, fine), fine, *proposal)]
-        self.proposal_layouts += [HashLayout(2, fine // 2, fine, *proposal)] * max_level
+        self.pages = PageLayout(config, octree.node_resolution, max_level)
+        self.layouts, self.proposal_layouts = self.pages.grids, self.pages.proposals
+        self.density_widths, self.color_widths = self.pages.density_widths, self.pages.color_widths
         self._columns = [layout.num_outputs for layout in self.layouts]
-        inputs = sum(self._columns) if config.children == "residual" else root.num_outputs
-        self.density_widths = (inputs, config.hidden_width, 1 + config.geo_features)
-        color_inputs = config.geo_features + 16 + config.appearance_dim
-        self.color_widths = (color_inputs, *[config.color_hidden_width] * config.color_hidden_layers, 3)
-        self._color_offset = mlp_page_size(self.density_widths)
         self.appearance = nn.Embedding(num_photos, config.appearance_dim) if config.appearance_dim else None
         self.grids, self.decoders, self.proposals = (nn.ParameterList() for _ in range(3))
         for _ in range(max_level + 1):
@@ -120,23 +112,18 @@ class OctreeField(nn.Module):
         self.set_octree(octree)
         self.reset_parameters()
 
-    # -- the tree -------------------------------------------------------------------------------------------------------------
+    # -- the tree
 
     def set_octree(self, octree: Octree) -> None:
         """Make the banks fit a tree, with uninitialised pages: the tensors inside the Parameters are replaced."""
         self.octree = octree
         for name, value in _tree_buffers(octree).items():
             setattr(self, name, value)
-        for level, count in enumerate(octree.nodes_per_level + [0] * (self.max_level - octree.depth)):
-            decoders = {"node": count, "level": min(count, 1), "tree": int(level == 0)}[self.config.decoder_sharing]
-            decoder_page = self._color_offset + mlp_page_size(self.color_widths)
-            for bank, rows, page in (
-                (self.grids[level], count, self.layouts[level].page_size),
-                (self.proposals[level], count, self.proposal_layouts[level].page_size),
-                (self.decoders[level], decoders, decoder_page),
-            ):
-                if bank.shape != (rows, page):
-                    bank.data = torch.empty(rows, page, device=octree.level.device)
+        for level, shapes in enumerate(self.pages.bank_shapes(octree)):
+            for kind, shape in shapes.items():
+                bank = getattr(self, kind)[level]
+                if bank.shape != shape:
+                    bank.data = torch.empty(shape, device=octree.level.device)
 
     def reset_parameters(self) -> None:
         """Grids near zero (Instant-NGP), one and the same decoder in every node (Kaiming uniform)."""
@@ -160,7 +147,9 @@ class OctreeField(nn.Module):
             bank, above = self.decoders[new].data, self.decoders[new - 1].data
             if len(bank):
                 nodes = torch.nonzero(octree.level == new)[:, 0]
-                parents = octree.row[octree.parent[nodes]] if self.config.decoder_sharing == "node" else torch.zeros(1).long()
+                parents = (
+                    octree.row[octree.parent[nodes]] if self.config.decoder_sharing == "node" else torch.zeros(1).long()
+                )
                 fresh = bank.clone()
                 bank.copy_(above[parents.to(bank.device)])
                 if self.config.children == "residual":
@@ -170,13 +159,7 @@ class OctreeField(nn.Module):
                     bank[:, used : self.density_widths[0] * hidden] = fresh[:, used : self.density_widths[0] * hidden]
             self.active_level.fill_(new)
 
-    def memory_bytes(self, training: bool = True) -> list[int]:
-        """Bytes per level of the parameters; in training also gradient and two moments."""
-        copies = 4 if training else 1
-        banks = zip(self.grids, self.decoders, self.proposals)
-        return [sum(bank.numel() for bank in level) * 4 * copies for level in banks][: self.octree.depth + 1]
-
-    # -- evaluation -----------------------------------------------------------------------------------------------------------
+    # -- evaluation
 
     def route(
         self,
@@ -191,7 +174,8 @@ class OctreeField(nn.Module):
             positions: world positions.
             footprints: radii in scene units; None asks for the finest nodes.
             max_level: a cut of the tree, further than training has come.
-            coarsen: factors by which the footprints count as larger for the choice of the node (not for the node's hash levels).
+            coarsen: factors by which the footprints count as larger for the choice of the node (not for the node's
+            hash levels).
         """
         cap = int(self.active_level) if max_level is None else min(max_level, int(self.active_level))
         unit = self.octree.cube.to_unit(positions)
@@ -235,7 +219,13 @@ class OctreeField(nn.Module):
         return torch.nn.functional.pad(counts.cumsum(0), (1, 0)), nodes - self.octree.first_of_level[level]
 
     def _decode(
-        self, inputs: Tensor, node: Tensor, slices: list[tuple[int, int]], offset: int, widths: tuple[int, ...], frozen: bool
+        self,
+        inputs: Tensor,
+        node: Tensor,
+        slices: list[tuple[int, int]],
+        offset: int,
+        widths: tuple[int, ...],
+        frozen: bool,
     ) -> Tensor:
         outputs = []
         for level, (a, b) in enumerate(slices):
@@ -271,7 +261,7 @@ class OctreeField(nn.Module):
             bank = self.grids[level].detach() if frozen else self.grids[level]
             features = hash_encode(local, row, bank, self.layouts[level], self.config.backend)
             if self.config.downweight and routed.footprints is not None:
-                features = features * self._hash_level_weights(level, routed.footprints[a:b])
+                features = features * self._hash_level_weights(level, routed.footprints[a:b], routed.unit[a:b])
             if not residual:
                 pieces.append(features)
                 continue
@@ -281,9 +271,15 @@ class OctreeField(nn.Module):
         features = torch.cat(pieces, dim=1) if len(pieces) > 1 else pieces[0]
         return nn.functional.pad(features, (0, self.density_widths[0] - features.shape[1]))
 
-    def _hash_level_weights(self, level: int, footprints: Float[Tensor, "S"]) -> Float[Tensor, "S LF"]:
-        """Weight of each hash feature: how much of a cell's detail is left in the mean over the footprint (Zip-NeRF, eq. 9)."""
+    def _hash_level_weights(
+        self, level: int, footprints: Float[Tensor, "S"], unit: Float[Tensor, "S 3"]
+    ) -> Float[Tensor, "S LF"]:
+        """Weight of each hash feature: how much of a cell's detail is left in the mean over the footprint (Zip-NeRF,
+        eq. 9)."""
         layout = self.layouts[level]
+        if level == 0:  # outside of the cube the contraction shrinks a footprint (across the ray) as it shrinks space
+            norm = (2 * unit.detach() - 1).abs().amax(dim=-1).clamp(min=1)
+            footprints = footprints * (2 - 1 / norm) / norm
         side = self.octree.cube.side * (2.0 if level == 0 else 2.0**-level)
         cells = torch.from_numpy(side / layout.scales).to(footprints)
         weight = torch.erf(self.config.downweight * cells / (8**0.5 * footprints[:, None].clamp(min=1e-12)))
@@ -310,7 +306,9 @@ class OctreeField(nn.Module):
     ) -> Float[Tensor, "S 3"]:
         """Colour in 0..1 of samples sorted by node."""
         inputs = torch.cat([geo, direction_code] + ([appearance] if appearance is not None else []), dim=1)
-        return torch.sigmoid(self._decode(inputs, node, self._slices(node), self._color_offset, self.color_widths, False))
+        return torch.sigmoid(
+            self._decode(inputs, node, self._slices(node), self.pages.color_offset, self.color_widths, False)
+        )
 
     def normals(self, positions: Float[Tensor, "M 3"], footprints: Float[Tensor, "M"] | None) -> Float[Tensor, "M 3"]:
         """Unit normals: the direction in which the density falls fastest, world frame."""
@@ -338,12 +336,17 @@ class OctreeField(nn.Module):
                 break
             row = node[at] - octree.first_of_level[level]
             local = octree.local(unit[at], node[at], level)
-            part = hash_encode(local, row, self.proposals[level], self.proposal_layouts[level], self.config.backend).sum(-1)
+            part = hash_encode(
+                local, row, self.proposals[level], self.proposal_layouts[level], self.config.backend
+            ).sum(-1)
             log_density = log_density.index_add(0, at, part) if level else part
         return trunc_exp(log_density - 1.0) * (2.0 / octree.cube.side)
 
     def density_at(
-        self, positions: Float[Tensor, "M 3"], footprints: Float[Tensor, "M"] | None = None, max_level: int | None = None
+        self,
+        positions: Float[Tensor, "M 3"],
+        footprints: Float[Tensor, "M"] | None = None,
+        max_level: int | None = None,
     ) -> Float[Tensor, "M"]:
         """Density per scene unit at world positions, in the caller's order."""
         routed = self.route(positions, footprints, max_level)
@@ -365,7 +368,9 @@ def _tree_buffers(octree: Octree) -> dict[str, Tensor]:
         "cube_center": cube.center.to(device),
         "cube_side": torch.tensor(cube.side, dtype=torch.float64, device=device),
         "cube_rotation": cube.rotation.to(device),
-        "tree_resolution": torch.tensor([octree.node_resolution, octree.gsd_sharpness], dtype=torch.float64, device=device),
+        "tree_resolution": torch.tensor(
+            [octree.node_resolution, octree.gsd_sharpness], dtype=torch.float64, device=device
+        ),
     }
 
 

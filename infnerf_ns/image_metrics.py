@@ -20,7 +20,8 @@ def psnr(predicted: Float[Tensor, "*bs 3"], target: Float[Tensor, "*bs 3"]) -> f
 
 @lru_cache(maxsize=1)
 def _lpips() -> Any | None:
-    """torchmetrics' LPIPS, or None where its AlexNet weights are not on this machine (they are never downloaded silently)."""
+    """torchmetrics' LPIPS, or None where its AlexNet weights are not on this machine (they are never downloaded
+    silently)."""
     from torch.hub import get_dir
     from torchmetrics.image.lpip import LearnedPerceptualImagePatchSimilarity
 
@@ -40,7 +41,8 @@ def image_metrics(
 ) -> dict[str, float]:
     """Metrics of one image; masked pixels do not count.
 
-    SSIM (and LPIPS) need images of at least 11 (64) pixels per side and are left out below that. With a mask, SSIM and LPIPS are taken
+    SSIM (and LPIPS) need images of at least 11 (64) pixels per side and are left out below that. With a mask, SSIM and
+    LPIPS are taken
     over the whole image with the masked pixels set to the target's.
     """
     predicted = predicted.clamp(0, 1)

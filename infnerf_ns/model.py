@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from dataclasses import dataclass
-from typing import Annotated, Any, Literal, Type
+from typing import Annotated, Any, Literal
 
 import psutil
 import torch
@@ -36,7 +36,8 @@ from infnerf_ns.field import FieldConfig, OctreeField, in_place_gradients, octre
 from infnerf_ns.losses import ray as ray_losses
 from infnerf_ns.losses import reconstruction
 from infnerf_ns.losses import tree as tree_losses
-from infnerf_ns.octree import Octree, RootCube, build_octree, root_cube
+from infnerf_ns.octree import Octree, build_octree, root_cube
+from infnerf_ns.pages import PageLayout
 from infnerf_ns.sampler import (
     ORTHOGRAPHIC_FOOTPRINT,
     LoDSampler,
@@ -63,11 +64,12 @@ class OctreeConfig:
     min_points: Annotated[int, Range(1, 1_000_000)] = 32
     """SfM points finer than the parent's GSD that an octant needs to become a node."""
     align: Literal["auto", "none", "pca"] = "auto"
-    """Axes of the root cube: the scene's (none), the points' principal axes with the shortest up (pca), or pca only where the
+    """Axes of the root cube: the scene's (none), the points' principal axes with the shortest up (pca), or pca only
+    where the
     scene is flat and tilted (auto)."""
     trim: Annotated[float, Range(0.0, 0.2)] = 0.01
     """Share of outlying SfM points that the root cube ignores at both ends of each axis."""
-    level_start_steps: Annotated[int, Range(0, 1_000_000)] = 500
+    level_start_steps: Annotated[int, Range(0, 1_000_000)] = 1500
     """Steps between the starts of two octree levels; a level starts from what its parents have learnt."""
 
 
@@ -89,7 +91,7 @@ class LossConfig:
     """Random points of the two tree losses."""
     tree_nodes: Annotated[int, Range(1, 10_000)] = 4
     """Random nodes that these points lie in."""
-    tree_every: Annotated[int, Range(1, 10_000)] = 8
+    tree_every: Annotated[int, Range(1, 10_000)] = 32
     """Steps between two evaluations of the tree losses."""
 
 
@@ -97,7 +99,7 @@ class LossConfig:
 class InfNeRFModelConfig(ModelConfig):
     """InfNeRF: an octree of NeRFs."""
 
-    _target: Type = dataclasses.field(default_factory=lambda: InfNeRFModel)
+    _target: type = dataclasses.field(default_factory=lambda: InfNeRFModel)
     enable_collider: bool = False
     """Unused: the sampler sets the near plane from the data."""
     eval_num_rays_per_chunk: int = 8192
@@ -110,7 +112,9 @@ class InfNeRFModelConfig(ModelConfig):
     """The samples along rays."""
     losses: LossConfig = dataclasses.field(default_factory=LossConfig)
     """The losses."""
-    camera_optimizer: CameraOptimizerConfig = dataclasses.field(default_factory=lambda: CameraOptimizerConfig(mode="off"))
+    camera_optimizer: CameraOptimizerConfig = dataclasses.field(
+        default_factory=lambda: CameraOptimizerConfig(mode="off")
+    )
     """Pose refinement (nerfstudio's)."""
     background_color: Literal["last_sample", "random", "black", "white"] = "last_sample"
     """What lies behind the last sample."""
@@ -149,9 +153,10 @@ class InfNeRFModel(Model):
                 "the data manager gives no SfM scene: --pipeline.datamanager must be infnerf_ns's PyramidDataManager"
             )
         octree = self._build_octree(scene)
+        self.sampler = LoDSampler(self.config.sampler, self.config.sampler.near_plane or scene.near, octree.cube.side)
+        self._log_tree(octree, scene)
         self.field = OctreeField(octree, self.config.field, self.config.octree.max_level, self.num_train_data)
         in_place_gradients(self.field)
-        self.sampler = LoDSampler(self.config.sampler, self.config.sampler.near_plane or scene.near, octree.cube.side)
         self.camera_optimizer: CameraOptimizer = self.config.camera_optimizer.setup(
             num_cameras=self.num_train_data, device="cpu"
         )
@@ -162,14 +167,15 @@ class InfNeRFModel(Model):
         self.renderer_normals = NormalsRenderer()
         self.normals_shader = NormalsShader()
         self.step = 0
-        self._log_tree(scene)
 
     def _build_octree(self, scene: Any) -> Octree:
         config = self.config.octree
         try:
             cube = root_cube(scene.points, align=config.align, trim=config.trim)
-        except ValueError:
-            raise InputError("all SfM points lie at one place: check the sparse model, or leave it out to use the cameras")
+        except ValueError as error:
+            raise InputError(
+                "all SfM points lie at one place: check the sparse model, or leave it out to use the cameras"
+            ) from error
         return build_octree(
             scene.points,
             scene.footprints,
@@ -180,10 +186,16 @@ class InfNeRFModel(Model):
             gsd_sharpness=config.gsd_sharpness,
         )
 
-    def _log_tree(self, scene: Any) -> None:
-        octree = self.field.octree
-        needed = self.field.memory_bytes()
-        source = {"tracks": "SfM points with tracks", "visibility": "SfM points", "frusta": "camera frusta (no SfM points)"}
+    def _log_tree(self, octree: Octree, scene: Any) -> None:
+        """Prints the tree and its memory; too large a tree ends here, before anything is allocated."""
+        needed = PageLayout(self.config.field, octree.node_resolution, self.config.octree.max_level).memory_bytes(
+            octree
+        )
+        source = {
+            "tracks": "SfM points with tracks",
+            "visibility": "SfM points",
+            "frusta": "camera frusta (no SfM points)",
+        }
         table = Table(title=f"Octree of {octree.num_nodes} nodes from {len(scene.points)} {source[scene.source]}")
         for name in ("level", "nodes", "GSD", "pruned", "memory"):
             table.add_column(name, justify="right")
@@ -206,10 +218,11 @@ class InfNeRFModel(Model):
             )
         if sum(needed) > 0.7 * available:
             CONSOLE.print(
-                f"[yellow]the tree needs {sum(needed) / 2**30:.1f} GiB of the {available / 2**30:.1f} GiB of free memory[/yellow]"
+                f"[yellow]the tree needs {sum(needed) / 2**30:.1f} GiB of the {available / 2**30:.1f} GiB of memory"
+                " that are free[/yellow]"
             )
 
-    # -- parameters -----------------------------------------------------------------------------------------------------------
+    # -- parameters
 
     def get_param_groups(self) -> dict[str, list[Parameter]]:
         """One group per kind of bank and octree level."""
@@ -225,21 +238,27 @@ class InfNeRFModel(Model):
     def load_state_dict(self, state_dict: dict[str, Any], strict: bool = True, assign: bool = False) -> Any:
         """Makes the banks fit the checkpoint's tree in place first, so that the optimizers keep their Parameters."""
         if "field.tree_level" not in state_dict:
-            raise InputError("the checkpoint holds no octree: it was not written by infnerf; check --load-dir or --load-config")
+            raise InputError(
+                "the checkpoint holds no octree: it was not written by infnerf; check --load-dir or --load-config"
+            )
         octree = octree_from_state(state_dict, "field.").to(self.device)
         missing = {f"field.{name}" for name, _ in self.field.named_parameters()} ^ {
-            name for name in state_dict if name.startswith(("field.grids", "field.decoders", "field.proposals", "field.appear"))
+            name
+            for name in state_dict
+            if name.startswith(("field.grids", "field.decoders", "field.proposals", "field.appear"))
         }
         if missing:
             raise InputError(
                 f"the checkpoint does not fit the configuration ({sorted(missing)[0]} is in one of them only): use the"
-                " config.yml that was written beside it, or the same --pipeline.model.octree and --pipeline.model.field options"
+                " config.yml that was written beside it, or the same --pipeline.model.octree and"
+                " --pipeline.model.field options"
             )
         self.field.set_octree(octree)
         for name, value in self.field.named_parameters():
-            if state_dict[f"field.{name}"].shape != value.shape:
+            saved = state_dict[f"field.{name}"]
+            if saved.shape != value.shape:
                 raise InputError(
-                    f"the checkpoint's field.{name} is {tuple(state_dict[f'field.{name}'].shape)}, but the configuration asks for"
+                    f"the checkpoint's field.{name} is {tuple(saved.shape)}, but the configuration asks for"
                     f" {tuple(value.shape)}: use the same --pipeline.model.field options and photos as the checkpoint"
                 )
         return super().load_state_dict(state_dict, strict=strict)
@@ -254,8 +273,11 @@ class InfNeRFModel(Model):
         """Schedules continue from a loaded checkpoint."""
         self.step = step
 
-    def get_training_callbacks(self, training_callback_attributes: TrainingCallbackAttributes) -> list[TrainingCallback]:
-        """Before each step: the step number for the schedules, and the start of the octree levels whose time has come."""
+    def get_training_callbacks(
+        self, training_callback_attributes: TrainingCallbackAttributes
+    ) -> list[TrainingCallback]:
+        """Before each step: the step number for the schedules, and the start of the octree levels whose time has
+        come."""
         del training_callback_attributes
 
         def begin(step: int) -> None:
@@ -265,7 +287,7 @@ class InfNeRFModel(Model):
 
         return [TrainingCallback([TrainingCallbackLocation.BEFORE_TRAIN_ITERATION], begin)]
 
-    # -- rendering ------------------------------------------------------------------------------------------------------------
+    # -- rendering
 
     def get_outputs_for_camera(self, camera: Cameras, obb_box: OrientedBox | None = None) -> dict[str, Tensor]:
         """Renders a camera; orthographic cameras get the constant footprint of their ground pixel."""
@@ -291,8 +313,10 @@ class InfNeRFModel(Model):
         """Renders rays.
 
         Returns:
-            ``rgb [R, 3]``, ``accumulation``, ``depth`` (median) and ``expected_depth`` [R, 1]; in evaluation also ``level [R, 3]``
-            (mean octree level as a colour, blue = root) and ``normals [R, 3]`` in 0..1; in training what the losses need.
+            ``rgb [R, 3]``, ``accumulation``, ``depth`` (median) and ``expected_depth`` [R, 1]; in evaluation also
+            ``level [R, 3]``
+            (mean octree level as a colour, blue = root) and ``normals [R, 3]`` in 0..1; in training what the losses
+            need.
         """
         if self.training:
             self.camera_optimizer.apply_to_raybundle(ray_bundle)
@@ -314,6 +338,9 @@ class InfNeRFModel(Model):
         share = torch.ones(len(positions), device=positions.device)
         if blend and footprints is not None:
             share = octree.fraction(octree.level[routed.node], footprints[routed.order])
+            routed = routed._replace(
+                footprints=math.sqrt(2) * routed.footprints
+            )  # detail fades by the footprint itself
             routed, share = self.field.with_parents(routed, share)
         density, geo = self.field.density(routed)
 
@@ -356,7 +383,7 @@ class InfNeRFModel(Model):
             outputs["normals"] = self.normals_shader(normals).clamp(0, 1)
         return outputs
 
-    # -- losses and metrics ---------------------------------------------------------------------------------------------------
+    # -- losses and metrics
 
     def get_metrics_dict(self, outputs: dict[str, Any], batch: dict[str, Any]) -> dict[str, Tensor]:
         """PSNR of the batch (over all its pyramid levels), distortion, nodes in use."""
@@ -390,7 +417,9 @@ class InfNeRFModel(Model):
             distortion = metrics_dict["distortion"] if metrics_dict else self._distortion(outputs)
             losses["distortion_loss"] = config.distortion * distortion
         if config.proposal and self.sampler.updates_proposals(self.step):
-            losses["proposal_loss"] = config.proposal * interlevel_loss(outputs["weights_list"], outputs["ray_samples_list"])
+            losses["proposal_loss"] = config.proposal * interlevel_loss(
+                outputs["weights_list"], outputs["ray_samples_list"]
+            )
         if (config.inter_level or config.transparency) and self.step % config.tree_every == 0:
             losses.update(self._tree_losses())
         self.camera_optimizer.get_loss_dict(losses)

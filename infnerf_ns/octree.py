@@ -1,12 +1,14 @@
 """The octree as flat tensors: which nodes exist, and which of them evaluates a sample.
 
-N nodes: ``level [N]``, ``coords [N, 3]`` (integer cell at the node's level), ``parent [N]``, ``children [N, 8]`` (-1 = none).
-Nodes are sorted by level, so the nodes of one level are one block of rows; the root is node 0. No node objects, no recursion,
-no ``torch.nn``, no nerfstudio. Positions are in three frames:
+N nodes: ``level [N]``, ``coords [N, 3]`` (integer cell at the node's level), ``parent [N]``, ``children [N, 8]`` (-1 =
+none).
+Nodes are sorted by level, so the nodes of one level are one block of rows; the root is node 0. No node objects, no
+recursion, no ``torch.nn``, no nerfstudio. Positions are in three frames:
 
 - *world*: the frame of the cameras, scene units;
 - *unit*: ``[0, 1]^3`` over the root cube (outside of it for the background);
-- *local*: ``[0, 1)^3`` over one node. The root alone also holds the background: its local frame is the L-inf contraction
+- *local*: ``[0, 1)^3`` over one node. The root alone also holds the background: its local frame is the L-inf
+  contraction
   (mip-NeRF 360, eq. 10, with the maximum norm) of the whole space, in which the root cube is the middle half per axis.
 
 Source: InfNeRF (SIGGRAPH Asia 2024), sections 3.1 to 3.3.
@@ -53,17 +55,22 @@ class Located(NamedTuple):
     local: Float[Tensor, "M 3"]
     """position in the node's local frame, in [0, 1)"""
     fraction: Float[Tensor, "M"]
-    """weight of the node against its parent, in (0, 1]: how far the continuous level is past the parent's; 1 at the root and
+    """weight of the node against its parent, in (0, 1]: how far the continuous level is past the parent's; 1 at the
+    root and
     where the tree ends before the sample's level"""
 
 
-def root_cube(points: Float[Tensor, "N 3"], *, align: str = "auto", trim: float = 0.01, margin: float = 1.05) -> RootCube:
+def root_cube(
+    points: Float[Tensor, "N 3"], *, align: str = "auto", trim: float = 0.01, margin: float = 1.05
+) -> RootCube:
     """Root cube around the points, without the ``trim`` share of outliers at both ends of each axis.
 
     Args:
         points: world positions, at least 2 distinct.
-        align: ``none`` keeps the world's axes; ``pca`` turns the shortest principal axis up; ``auto`` does so only where the
-            scene is flat (shortest principal extent below half of the middle one) and tilted by more than 5 degrees, which
+        align: ``none`` keeps the world's axes; ``pca`` turns the shortest principal axis up; ``auto`` does so only
+        where the
+            scene is flat (shortest principal extent below half of the middle one) and tilted by more than 5 degrees,
+            which
             nerfstudio's ``orientation_method up`` does to nadir flights.
         trim: share of points ignored at both ends of each axis.
         margin: the trimmed box is enlarged by this factor.
@@ -96,7 +103,8 @@ def root_cube(points: Float[Tensor, "N 3"], *, align: str = "auto", trim: float 
 
 
 def contract(unit: Float[Tensor, "*bs 3"]) -> Float[Tensor, "*bs 3"]:
-    """L-inf contraction of unit coordinates: the root cube becomes the middle half ``[1/4, 3/4]^3``, infinity the unit cube."""
+    """L-inf contraction of unit coordinates: the root cube becomes the middle half ``[1/4, 3/4]^3``, infinity the unit
+    cube."""
     centered = 2 * unit - 1
     norm = centered.abs().amax(dim=-1, keepdim=True).clamp(min=1.0)
     return (2 - 1 / norm) * (centered / norm) / 4 + 0.5
@@ -166,10 +174,13 @@ class Octree:
     def route(
         self, unit: Float[Tensor, "M 3"], footprints: Float[Tensor, "M"] | None, max_level: int | None = None
     ) -> Int[Tensor, "M K"]:
-        """Path of every sample from the root to the node that keeps it: column l is its node at level l, or -1 below that node.
+        """Path of every sample from the root to the node that keeps it: column l is its node at level l, or -1 below
+        that node.
 
-        The rule (paper, section 3.2): a node keeps the sample if ``footprint >= gsd(level)``, else the child octant takes it; where
-        the child is missing the node keeps it; samples outside the root cube stay in the root. All samples walk down together.
+        The rule (paper, section 3.2): a node keeps the sample if ``footprint >= gsd(level)``, else the child octant
+        takes it; where
+        the child is missing the node keeps it; samples outside the root cube stay in the root. All samples walk down
+        together.
 
         Args:
             unit: positions in unit coordinates.
@@ -198,7 +209,8 @@ class Octree:
     def locate(
         self, positions: Float[Tensor, "M 3"], footprints: Float[Tensor, "M"] | None, max_level: int | None = None
     ) -> Located:
-        """The node that evaluates each sample (rule: :meth:`route`), its local coordinates and its weight against the parent.
+        """The node that evaluates each sample (rule: :meth:`route`), its local coordinates and its weight against the
+        parent.
 
         Args:
             positions: world positions.
@@ -216,7 +228,8 @@ class Octree:
         return Located(node, local, self.fraction(level, footprints))
 
     def fraction(self, level: Int[Tensor, "M"], footprints: Float[Tensor, "M"] | None) -> Float[Tensor, "M"]:
-        """Weight of a node of the given level against its parent for a sample of the given footprint (see :class:`Located`)."""
+        """Weight of a node of the given level against its parent for a sample of the given footprint (see
+        :class:`Located`)."""
         if footprints is None:
             return torch.ones_like(level, dtype=torch.float32)
         past_parent = continuous_level(footprints, self.gsd(0)) - (level - 1)
@@ -245,7 +258,8 @@ def build_octree(
 ) -> Octree:
     """Tree of the cells in which photos show more than the parent resolves.
 
-    A child exists where at least ``min_points`` points of its octant have a footprint finer than the parent's GSD, and its parent
+    A child exists where at least ``min_points`` points of its octant have a footprint finer than the parent's GSD, and
+    its parent
     exists (paper, section 3.4). Levels are found together per level with one sort, without recursion.
 
     Args:
@@ -260,7 +274,11 @@ def build_octree(
     unit = cube.to_unit(points.double()) if points.dtype == torch.float64 else cube.to_unit(points)
     inside = ((unit >= 0) & (unit < 1)).all(dim=-1)
     unit, footprints = unit[inside], footprints[inside]
-    levels, coords, parents = [torch.zeros(1, dtype=torch.long)], [torch.zeros(1, 3, dtype=torch.long)], [torch.tensor([-1])]
+    levels, coords, parents = (
+        [torch.zeros(1, dtype=torch.long)],
+        [torch.zeros(1, 3, dtype=torch.long)],
+        [torch.tensor([-1])],
+    )
     node_of_point = torch.zeros(len(unit), dtype=torch.long)
     total = 1
     for level in range(1, max_level + 1):

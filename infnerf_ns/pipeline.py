@@ -1,7 +1,7 @@
 """The nerfstudio pipeline of InfNeRF: evaluation at every level of the photo pyramid.
 
-``ns-eval`` and the periodic evaluation report each metric for every pyramid level (``psnr_1``, ``psnr_1/2``, ...) and its mean over
-the levels under the plain name (``psnr``).
+``ns-eval`` and the periodic evaluation report each metric for every pyramid level (``psnr_1``, ``psnr_1/2``, ...) and
+its mean over the levels under the plain name (``psnr``).
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from collections import defaultdict
 from dataclasses import dataclass
 from pathlib import Path
 from time import perf_counter
-from typing import Annotated, Any, Literal, Optional, Type
+from typing import Annotated, Any, Literal, Optional
 
 import torch
 import torchvision
@@ -32,13 +32,14 @@ from infnerf_ns.validation import Range
 class InfNeRFPipelineConfig(VanillaPipelineConfig):
     """Data, model and evaluation protocol."""
 
-    _target: Type = dataclasses.field(default_factory=lambda: InfNeRFPipeline)
+    _target: type = dataclasses.field(default_factory=lambda: InfNeRFPipeline)
     datamanager: DataManagerConfig = dataclasses.field(default_factory=PyramidDataManagerConfig)
     """The photos as pyramids."""
     model: ModelConfig = dataclasses.field(default_factory=InfNeRFModelConfig)
     """The octree of NeRFs."""
     eval_protocol: Literal["full", "half"] = "full"
-    """full: whole held-out photos with the mean appearance code; half: the paper's protocol, the code of a held-out photo is fitted on
+    """full: whole held-out photos with the mean appearance code; half: the paper's protocol, the code of a held-out
+    photo is fitted on
     its left half and the metrics are taken on the right half."""
     half_fit_steps: Annotated[int, Range(1, 10_000)] = 50
     """Steps of that fit."""
@@ -142,7 +143,12 @@ class InfNeRFPipeline(VanillaPipeline):
         if output_path is not None:
             output_path.mkdir(exist_ok=True, parents=True)
         rows = []
-        columns = (TextColumn("[progress.description]{task.description}"), BarColumn(), TimeElapsedColumn(), MofNCompleteColumn())
+        columns = (
+            TextColumn("[progress.description]{task.description}"),
+            BarColumn(),
+            TimeElapsedColumn(),
+            MofNCompleteColumn(),
+        )
         with Progress(*columns, transient=True) as progress:
             task = progress.add_task("[green]Evaluating all images at all pyramid levels...", total=len(data_loader))
             for number, (camera, batch) in enumerate(data_loader):

@@ -1,14 +1,17 @@
-"""The LoD sampler: proposal rounds that route by the interval they represent, then the samples that the field evaluates.
+"""The LoD sampler: proposal rounds that route by the interval they represent, then the samples that the field
+evaluates.
 
-The sampler does not own the field: the caller passes ``density_fn(positions [M, 3], footprints [M]) -> [M]``. Early rounds have long
+The sampler does not own the field: the caller passes ``density_fn(positions [M, 3], footprints [M]) -> [M]``. Early
+rounds have long
 intervals, so they touch only coarse nodes; what a round costs does not depend on how deep the tree is below.
 Source: mip-NeRF 360 (proposals, annealing), NerfAcc's comparison of samplers; design section 6.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Annotated, Callable
+from typing import Annotated
 
 import numpy as np
 import torch
@@ -42,15 +45,17 @@ class SamplerConfig:
     """Steps until the proposals are updated only every `proposal_update_every` steps."""
     proposal_update_every: Annotated[int, Range(1, 100)] = 4
     """Steps between two updates of the proposals after their warm-up."""
-    near_plane: Annotated[float, Range(0.0, 1e9)] | None = None
+    near_plane: Annotated[float, Range(1e-9, 1e9)] | None = None
     """Near plane in scene units; by default half of the 0.1 percentile of the SfM depths."""
     far_factor: Annotated[float, Range(1.0, 1e6)] = 100.0
     """Far plane, in edge lengths of the root cube."""
-    coarse_share: Annotated[float, Range(0.0, 1.0)] = 0.25
-    """Share of the training rays that are routed to coarser nodes than their footprint asks for, so that coarse nodes go on
+    coarse_share: Annotated[float, Range(0.0, 1.0)] = 0.3
+    """Share of the training rays that are routed to coarser nodes than their footprint asks for, so that coarse nodes
+    go on
     learning from the fine pixels when finer nodes have started."""
     footprint_jitter: bool = True
-    """Training perturbs the footprint by 2**(u - 1/2), u uniform in 0..1, so that adjacent levels learn each other's samples."""
+    """Training perturbs the footprint by 2**(u - 1/2), u uniform in 0..1, so that adjacent levels learn each other's
+    samples."""
 
 
 class LoDSampler(nn.Module):
@@ -80,7 +85,8 @@ class LoDSampler(nn.Module):
         """Distance at which the spacing changes from logarithm to disparity, scene units."""
         return float(self.range[1])
 
-    # Equal steps of log t are equal steps of footprint, what a level-of-detail tree wants; beyond the scene disparity, so that the
+    # Equal steps of log t are equal steps of footprint, what a level-of-detail tree wants; beyond the scene disparity,
+    # so that the
     # background does not take half of the samples. Value and slope agree at the bend.
     def _spacing(self, t: Tensor) -> Tensor:
         ratio = t / self.bend
@@ -107,6 +113,8 @@ class LoDSampler(nn.Module):
         if rays.nears is None or rays.fars is None:
             rays.nears = torch.full_like(rays.origins[:, :1], self.near)
             rays.fars = torch.full_like(rays.origins[:, :1], self.config.far_factor * self.bend)
+        elif bool((rays.pixel_area == 1).all()):  # the short rays through a mesh's surface that texture export renders
+            rays.nears = torch.maximum(rays.nears, (0.01 * rays.fars).clamp(max=self.near))
         else:  # a crop box of the viewer or of a camera path has set them
             rays.nears = rays.nears.clamp(min=self.near)
             rays.fars = torch.maximum(rays.fars, rays.nears)
@@ -141,8 +149,10 @@ def sample_geometry(
 
     Returns:
         World positions, and radii in scene units. The radii are None if the rays carry nerfstudio's placeholder
-        ``pixel_area == 1`` (texture export, nearest-camera render): no footprint is known, the finest level answers. Parallel rays
-        (orthographic cameras, ``pixel_area == 0``) have the radius ``ORTHOGRAPHIC_FOOTPRINT`` of their metadata everywhere.
+        ``pixel_area == 1`` (texture export, nearest-camera render): no footprint is known, the finest level answers.
+        Parallel rays
+        (orthographic cameras, ``pixel_area == 0``) have the radius ``ORTHOGRAPHIC_FOOTPRINT`` of their metadata
+        everywhere.
     """
     frustums = samples.frustums
     middle = (frustums.starts + frustums.ends) / 2
@@ -160,7 +170,8 @@ def sample_geometry(
 
 
 def random_coarsening(rays: int, per_ray: int, share: float, octaves: int) -> Float[Tensor, "M"] | None:
-    """Factors 2**k, one k in 1..octaves for each ray of a random share of the rays, 1 for the others; None if nothing changes."""
+    """Factors 2**k, one k in 1..octaves for each ray of a random share of the rays, 1 for the others; None if nothing
+    changes."""
     if share == 0 or octaves == 0:
         return None
     factor = 2.0 ** torch.randint(1, octaves + 1, (rays,))

@@ -122,7 +122,8 @@ def test_tree_by_hand() -> None:
     footprints = torch.tensor([0.05, 0.05, 0.1, 0.01, 0.001])
     tree = build_octree(points, footprints, CUBE, max_level=5, min_points=2, node_resolution=8)
     assert tree.gsd(0) == pytest.approx(1 / 8) and tree.gsd(1) == pytest.approx(1 / 16)
-    # level 1: three points of octant (1, 1, 1) are finer than 1/8; the single one elsewhere is too few. level 2: two are finer
+    # level 1: three points of octant (1, 1, 1) are finer than 1/8; the single one elsewhere is too few. level 2: two
+    # are finer
     # than 1/16, both in cell (3, 3, 3). level 3 would need footprints below 1/32.
     assert tree.level.tolist() == [0, 1, 2]
     assert tree.coords.tolist() == [[0, 0, 0], [1, 1, 1], [3, 3, 3]]
@@ -176,7 +177,9 @@ def test_footprints() -> None:
     assert level_gsd(4.0, 2, 16, 2.0) == pytest.approx(4 / (4 * 32))
     focal = 500.0
     radius = cone_radius(torch.tensor(10.0), torch.tensor(1 / focal**2))  # solid angle of a pixel at the image centre
-    assert math.pi * radius.item() ** 2 == pytest.approx((10 / focal) ** 2, rel=1e-5)  # the pixel's area at that distance
+    assert math.pi * radius.item() ** 2 == pytest.approx(
+        (10 / focal) ** 2, rel=1e-5
+    )  # the pixel's area at that distance
     assert point_footprint(torch.tensor(3.0), torch.tensor(5.0), 100.0).item() == pytest.approx(9 / 500)
     assert continuous_level(torch.tensor([0.5, 0.25, 0.125]), 0.5).tolist() == [0, 1, 2]
     assert math.isinf(continuous_level(torch.tensor(0.0), 0.5).item())

@@ -47,7 +47,10 @@ class Picture:
                 raise InputError(f"--photos {number}: the run has {len(held_out)} held-out photos, numbered from 0")
             rows.append(self._row(pipeline, *held_out[number]))
         narrowest = min(row.shape[1] for row in rows + [np.empty((1, self.width))])
-        scaled = [cv2.resize(row, (narrowest, round(len(row) * narrowest / row.shape[1])), interpolation=cv2.INTER_AREA) for row in rows]
+        scaled = [
+            cv2.resize(row, (narrowest, round(len(row) * narrowest / row.shape[1])), interpolation=cv2.INTER_AREA)
+            for row in rows
+        ]
         picture = np.rint(np.concatenate(scaled).clip(0, 1) * 255).astype(np.uint8)
         self.output.parent.mkdir(parents=True, exist_ok=True)
         if not cv2.imwrite(str(self.output), picture[..., ::-1]):
@@ -55,11 +58,10 @@ class Picture:
         print(f"infnerf: wrote {self.output} ({picture.shape[1]} x {picture.shape[0]})")
 
     def _row(self, pipeline: InfNeRFPipeline, camera, batch) -> np.ndarray:  # noqa: ANN001
-        for level, camera_at_level, image, _ in pipeline.datamanager.eval_pyramid(camera, batch):
-            if level == self.level:
-                break
-        else:
-            raise InputError(f"--level {self.level}: the photos have the pyramid levels 0 to {level}")
+        levels = list(pipeline.datamanager.eval_pyramid(camera, batch))
+        if not 0 <= self.level < len(levels):
+            raise InputError(f"--level {self.level}: the photos have the pyramid levels 0 to {len(levels) - 1}")
+        _, camera_at_level, image, _ = levels[self.level]
         outputs = pipeline.model.get_outputs_for_camera(camera_at_level.to(pipeline.device))
         _, images = pipeline.model.get_image_metrics_and_images(outputs, {"image": image})
         panels = [images[name] for name in ("img", "level", "depth", "normals") if name in images]

@@ -151,7 +151,8 @@ class PixelPyramid:
         return self
 
     def draw(self, num_rays: int, patch_size: int = 1, generator: torch.Generator | None = None) -> PixelDraw:
-        """Draws uniformly over the valid pixels of all levels (or partly over the levels: ``level_share``); the same seed draws the
+        """Draws uniformly over the valid pixels of all levels (or partly over the levels: ``level_share``); the same
+        seed draws the
         same pixels.
 
         Args:

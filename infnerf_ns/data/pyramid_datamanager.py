@@ -51,8 +51,9 @@ class PyramidDataManagerConfig(VanillaDataManagerConfig):
     _target: type = field(default_factory=lambda: PyramidDataManager)
     num_pyramid_levels: Annotated[int, Range(1, 16)] = 5
     """Pyramid levels per photo: 1, 1/2 ... 1/16. A photo has fewer where a level would be smaller than 8 pixels."""
-    level_share: Annotated[float, Range(0.0, 1.0)] = 0.0
-    """Share of the training rays in which every pyramid level has the same chance. The others are uniform over the pixels of all
+    level_share: Annotated[float, Range(0.0, 1.0)] = 0.4
+    """Share of the training rays in which every pyramid level has the same chance. The others are uniform over the
+    pixels of all
     levels (the paper), of which the coarsest level has less than 1 in 300."""
     ray_table_mib: Annotated[int, Range(0)] = 512
     """Memory for precomputed ray directions (16 bytes per pixel of one photo, photos with equal intrinsics share them).
@@ -134,6 +135,8 @@ class PyramidDataManager(VanillaDataManager):
         self.includes_time = self.dataparser.includes_time
         self.train_dataset = self.create_train_dataset()
         self.eval_dataset = self.create_eval_dataset()
+        for dataset in (self.train_dataset, self.eval_dataset):
+            dataset.cameras.metadata = dataset.cameras.metadata or {}  # ns-export cameras asserts that there are some
         self.exclude_batch_keys_from_device = self.train_dataset.exclude_batch_keys_from_device
         DataManager.__init__(self)  # calls setup_train and setup_eval
 
@@ -242,7 +245,11 @@ class PyramidDataManager(VanillaDataManager):
 
     def _load_source(self, dataset: InputDataset, name: str, table_bytes: int) -> _RaySource:
         pyramid = load_pyramid(
-            dataset, self.config.num_pyramid_levels, name, self.config.pixel_sampler.ignore_mask, self.config.level_share
+            dataset,
+            self.config.num_pyramid_levels,
+            name,
+            self.config.pixel_sampler.ignore_mask,
+            self.config.level_share,
         )
         if not pyramid.any_valid():
             raise InputError(f"the masks hide every pixel of the {name} photos: in a mask 0 means ignore")

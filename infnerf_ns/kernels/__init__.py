@@ -3,7 +3,8 @@
 - :func:`hash_encode`: features of (local position, node) pairs from a bank of multi-resolution hash grids;
 - :func:`grouped_mlp`: small MLPs, one per node, applied to samples that are sorted by node.
 
-Backends: ``torch`` (readable reference and test oracle, any device) and ``numba`` (CPU). ``auto`` takes numba for CPU tensors.
+Backends: ``torch`` (readable reference and test oracle, any device) and ``numba`` (CPU). ``auto`` takes numba for CPU
+tensors.
 """
 
 from infnerf_ns.kernels._dispatch import BACKENDS, grouped_mlp, hash_encode, mlp_page_size, route_on_cpu, use_numba

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from functools import lru_cache
+from functools import cache
 from typing import Literal
 
 import numba
@@ -22,13 +22,16 @@ Backend = Literal["auto", "torch", "numba"]
 BACKENDS: tuple[Backend, ...] = ("auto", "torch", "numba")
 
 _numba_lock = threading.Lock()
-"""numba's built-in thread pool must not be entered by two threads at once, and the viewer renders from a thread of its own."""
+"""numba's built-in thread pool must not be entered by two threads at once, and the viewer renders from a thread of its
+own."""
 
 
 def use_numba(backend: Backend, tensor: Tensor) -> bool:
     """Whether samples like this tensor are evaluated by numba."""
     if backend == "numba" and tensor.device.type != "cpu":
-        raise ValueError(f"the numba backend runs on the CPU, but the samples are on {tensor.device}; use backend 'auto'")
+        raise ValueError(
+            f"the numba backend runs on the CPU, but the samples are on {tensor.device}; use backend 'auto'"
+        )
     return backend == "numba" or (backend == "auto" and tensor.device.type == "cpu" and tensor.dtype == torch.float32)
 
 
@@ -49,8 +52,10 @@ def hash_encode(
         backend: ``auto``, ``torch`` or ``numba``.
 
     Returns:
-        Features, coarse level first. Gradients to the bank and, where required, to the positions are exact. A bank with an
-        in-place gradient (:func:`infnerf_ns.kernels.enable_bank_gradient`) receives its gradient directly in ``bank.grad``.
+        Features, coarse level first. Gradients to the bank and, where required, to the positions are exact. A bank
+        with an
+        in-place gradient (:func:`infnerf_ns.kernels.enable_bank_gradient`) receives its gradient directly in
+        ``bank.grad``.
     """
     if not use_numba(backend, positions):
         return hash_encode_torch(positions, row, bank, layout)
@@ -104,12 +109,12 @@ def grouped_mlp(
     return _GroupedMLP.apply(inputs, starts, rows, bank, offset, widths, used)
 
 
-@lru_cache(maxsize=None)
+@cache
 def _layout_arrays(layout: HashLayout) -> tuple:
     return (layout.scales, layout.resolutions, layout.sizes, layout.offsets, layout.hashed)
 
 
-@lru_cache(maxsize=None)
+@cache
 def _balanced_order(num_levels: int) -> np.ndarray:
     """Cheap coarse levels paired with costly fine ones, so that contiguous shares cost about the same."""
     order = [level for pair in zip(range(num_levels), reversed(range(num_levels))) for level in pair]
@@ -144,7 +149,10 @@ class _HashEncode(torch.autograd.Function):
                 held = bank_gradient(bank)
                 if held is None:
                     grad_bank = torch.zeros_like(bank)
-                    target, touched = grad_bank.numpy(), np.zeros((len(bank), (bank.shape[1] >> hash_numba.BLOCK_SHIFT) + 1), dtype=np.uint8)
+                    target, touched = (
+                        grad_bank.numpy(),
+                        np.zeros((len(bank), (bank.shape[1] >> hash_numba.BLOCK_SHIFT) + 1), dtype=np.uint8),
+                    )
                 else:
                     target, touched = held.grad.numpy(), held.touched.numpy()
                     held.rows.numpy()[r] = 1
@@ -181,7 +189,8 @@ class _GroupedMLP(torch.autograd.Function):
         edges = np.zeros((threads, 2, size), np.float32)
         with _numba_lock:
             mlp_numba.backward(
-                _flat(inputs), *ctx.tiles, _flat(rows), _flat(bank), offset, np.array(widths), _flat(used), _flat(grad_out),
+                _flat(inputs), *ctx.tiles, _flat(rows), _flat(bank), offset, np.array(widths), _flat(used),
+                _flat(grad_out),
                 grad_inputs.numpy(), grad_groups, edge_groups, edges, threads, want_inputs,
             )  # fmt: skip
         for thread in range(threads):
@@ -197,6 +206,8 @@ class _GroupedMLP(torch.autograd.Function):
             else:
                 target = held.grad
                 held.rows[rows] = 1
-                held.touched[rows, offset >> hash_numba.BLOCK_SHIFT : ((offset + size - 1) >> hash_numba.BLOCK_SHIFT) + 1] = 1
+                held.touched[
+                    rows, offset >> hash_numba.BLOCK_SHIFT : ((offset + size - 1) >> hash_numba.BLOCK_SHIFT) + 1
+                ] = 1
             target[:, offset : offset + size].index_add_(0, rows, torch.from_numpy(grad_groups))
         return grad_inputs if want_inputs else None, None, None, grad_bank, None, None, None

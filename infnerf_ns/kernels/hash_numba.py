@@ -1,6 +1,7 @@
 """``hash_encode`` on the CPU with numba: forward parallel over samples, backward parallel over hash levels.
 
-The backward pass needs no atomics and is deterministic: two hash levels never share an entry, so each thread owns the levels it
+The backward pass needs no atomics and is deterministic: two hash levels never share an entry, so each thread owns the
+levels it
 works on. Gradients are added in place to a persistent buffer, and one flag per 16 floats records what was touched
 (:mod:`infnerf_ns.kernels.gradients`), so that neither clearing nor the optimizer visits a whole page.
 """
@@ -21,7 +22,7 @@ def _corner(cx, cy, cz, corner, resolution, size, hashed):
     y = cy + ((corner >> 1) & 1)
     z = cz + ((corner >> 2) & 1)
     if hashed:
-        h = (np.uint32(x) ^ (np.uint32(y) * np.uint32(2654435761)) ^ (np.uint32(z) * np.uint32(805459861)))
+        h = np.uint32(x) ^ (np.uint32(y) * np.uint32(2654435761)) ^ (np.uint32(z) * np.uint32(805459861))
         return np.int64(h & np.uint32(size - 1))
     index = x + resolution * (y + resolution * z)
     if index >= size:
@@ -73,7 +74,8 @@ def forward(positions, row, bank, out, scales, resolutions, sizes, offsets, hash
 def backward_bank(
     positions, row, grad_out, grad_bank, touched, scales, resolutions, sizes, offsets, hashed, order, feature_axis
 ):
-    """Adds the gradient to grad_bank [N, page] and flags the touched blocks; order [L] balances cheap and costly levels."""
+    """Adds the gradient to grad_bank [N, page] and flags the touched blocks; order [L] balances cheap and costly
+    levels."""
     features = len(feature_axis)
     count = len(positions)
     for i in nb.prange(len(order)):

@@ -1,4 +1,5 @@
-"""``hash_encode`` in readable PyTorch: the reference and test oracle of the other backends, differentiable by autograd."""
+"""``hash_encode`` in readable PyTorch: the reference and test oracle of the other backends, differentiable by
+autograd."""
 
 from __future__ import annotations
 

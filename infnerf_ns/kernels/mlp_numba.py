@@ -1,8 +1,9 @@
 """``grouped_mlp`` on the CPU with numba: every layer of a tile of samples stays in the first-level cache.
 
-Activations are sample-major and weights are stored [fan_in, fan_out], so that the three products of a layer (forward, gradient to
-the input, gradient to the weights) all are "row += coefficient * row" over a contiguous row, which the compiler turns into
-vector instructions. Nothing but the input is kept for the backward pass: it computes the tile's activations again.
+Activations are sample-major and weights are stored [fan_in, fan_out], so that the three products of a layer (forward,
+gradient to
+the input, gradient to the weights) all are "row += coefficient * row" over a contiguous row, which the compiler turns
+into vector instructions. Nothing but the input is kept for the backward pass: it computes the tile's activations again.
 Why own code: a library matmul per node and layer costs one call per node, and writes every hidden activation to memory.
 """
 
@@ -52,7 +53,16 @@ def _outer(x, dy, n, fan_in, fan_out, grad):
     """grad[:fan_in, :fan_out] += x[:n].T @ dy[:n]"""
     whole = n // 8 * 8
     for s in range(0, whole, 8):
-        d0, d1, d2, d3, d4, d5, d6, d7 = dy[s], dy[s + 1], dy[s + 2], dy[s + 3], dy[s + 4], dy[s + 5], dy[s + 6], dy[s + 7]
+        d0, d1, d2, d3, d4, d5, d6, d7 = (
+            dy[s],
+            dy[s + 1],
+            dy[s + 2],
+            dy[s + 3],
+            dy[s + 4],
+            dy[s + 5],
+            dy[s + 6],
+            dy[s + 7],
+        )
         for i in range(fan_in):
             row = grad[i]
             a0, a1, a2, a3 = x[s, i], x[s + 1, i], x[s + 2, i], x[s + 3, i]
@@ -88,7 +98,8 @@ def _relu(y, n, width):
 
 @nb.njit(parallel=True, cache=True, fastmath=True, error_model="numpy", boundscheck=False)
 def forward(inputs, tile_group, tile_start, tile_stop, rows, bank, offset, widths, used_inputs, out, threads):
-    """out [P, widths[-1]]; tiles are runs of at most TILE samples of one group; used_inputs [G]: leading inputs that are not zero."""
+    """out [P, widths[-1]]; tiles are runs of at most TILE samples of one group; used_inputs [G]: leading inputs that
+    are not zero."""
     layers = len(widths) - 1
     tiles = len(tile_group)
     widest = widths.max()
@@ -114,13 +125,29 @@ def forward(inputs, tile_group, tile_start, tile_stop, rows, bank, offset, width
 
 @nb.njit(parallel=True, cache=True, fastmath=True, error_model="numpy", boundscheck=False)
 def backward(
-    inputs, tile_group, tile_start, tile_stop, rows, bank, offset, widths, used_inputs, grad_out, grad_inputs, grad_groups,
-    edge_groups, edges, threads, want_inputs,
+    inputs,
+    tile_group,
+    tile_start,
+    tile_stop,
+    rows,
+    bank,
+    offset,
+    widths,
+    used_inputs,
+    grad_out,
+    grad_inputs,
+    grad_groups,
+    edge_groups,
+    edges,
+    threads,
+    want_inputs,
 ):
     """Adds weight gradients and writes grad_inputs [P, in].
 
-    A group whose tiles all belong to one thread is added to ``grad_groups [G, size]`` directly; a thread's first and last group
-    may be shared with a neighbour and go to ``edges [threads, 2, size]`` with their numbers in ``edge_groups [threads, 2]``.
+    A group whose tiles all belong to one thread is added to ``grad_groups [G, size]`` directly; a thread's first and
+    last group
+    may be shared with a neighbour and go to ``edges [threads, 2, size]`` with their numbers in ``edge_groups [threads,
+    2]``.
     """
     layers = len(widths) - 1
     tiles = len(tile_group)
@@ -151,7 +178,9 @@ def backward(
                 weight = _weights(bank, rows[group], position, fan_in, fan_out)
                 position += fan_in * fan_out
                 source = inputs[a:b] if layer == 0 else acts[layer - 1]
-                _product(source, 0, weight, n, used_inputs[group] if layer == 0 else fan_in, fan_out, acts[layer], False)
+                _product(
+                    source, 0, weight, n, used_inputs[group] if layer == 0 else fan_in, fan_out, acts[layer], False
+                )
                 _relu(acts[layer], n, fan_out)
             end = size
             for s in range(n):

@@ -12,6 +12,8 @@ def mse(predicted: Float[Tensor, "R 3"], target: Float[Tensor, "R 3"]) -> Float[
     return torch.nn.functional.mse_loss(predicted, target)
 
 
-def charbonnier(predicted: Float[Tensor, "R 3"], target: Float[Tensor, "R 3"], width: float = 1e-3) -> Float[Tensor, ""]:
+def charbonnier(
+    predicted: Float[Tensor, "R 3"], target: Float[Tensor, "R 3"], width: float = 1e-3
+) -> Float[Tensor, ""]:
     """Smooth L1 ``sqrt(d**2 + width**2)`` (Charbonnier et al. 1994; Zip-NeRF's data term)."""
     return ((predicted - target).square() + width**2).sqrt().mean()

@@ -1,11 +1,12 @@
 """Losses that tie the levels of the octree together (InfNeRF, section 3.5 and supplement).
 
-Densities are per length: they are multiplied by a node's GSD first, so that the strength does not depend on the scene's scale.
+Densities are per length: they are multiplied by a node's GSD first, so that the strength does not depend on the
+scene's scale.
 """
 
 from __future__ import annotations
 
-from typing import Callable
+from collections.abc import Callable
 
 import torch
 from jaxtyping import Float
@@ -22,7 +23,8 @@ _NEIGHBOURS = torch.cat([torch.zeros(1, 3), torch.eye(3), -torch.eye(3)])
 def random_points_in_nodes(
     octree: Octree, deepest: int, num_nodes: int, num_points: int
 ) -> tuple[Float[Tensor, "P 3"], int] | None:
-    """World points, uniform in a few random nodes of one random level in 1..deepest, and that level; None without such nodes."""
+    """World points, uniform in a few random nodes of one random level in 1..deepest, and that level; None without such
+    nodes."""
     deepest = min(deepest, octree.depth)
     if deepest < 1:
         return None

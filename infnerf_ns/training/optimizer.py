@@ -1,16 +1,17 @@
 """NodeAdam: exact Adam on the bank entries that a step touched, at a cost that does not grow with the tree.
 
-Adam over a whole bank reads and writes four arrays of the size of the model per step. NodeAdam visits the rows (nodes) and, in
-them, the blocks that the kernels flagged (:mod:`infnerf_ns.kernels.gradients`), and updates the entries whose gradient is not
-zero. Moments of untouched entries stay as they are, as in ``torch.optim.SparseAdam``; the bias correction counts the steps of
-each node's own, so a node that starts late starts like a new one.
+Adam over a whole bank reads and writes four arrays of the size of the model per step. NodeAdam visits the rows (nodes)
+and, in
+them, the blocks that the kernels flagged (:mod:`infnerf_ns.kernels.gradients`), and updates the entries whose gradient
+is not
+zero. Moments of untouched entries stay as they are, as in ``torch.optim.SparseAdam``; the bias correction counts the
+steps of each node's own, so a node that starts late starts like a new one.
 Why own code: torch's SparseAdam wants sparse gradient tensors, which cost a sort per step.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Type
 
 import numba as nb
 import numpy as np
@@ -30,7 +31,8 @@ class NodeAdam(torch.optim.Optimizer):
         lr: learning rate.
         betas: decay of the two moments.
         eps: added to the root of the second moment.
-        warmup: steps of a node's own over which its learning rate rises to ``lr``. A node that starts from what its parent knows has
+        warmup: steps of a node's own over which its learning rate rises to ``lr``. A node that starts from what its
+        parent knows has
             no moments yet, and Adam's first steps would move every weight by the whole rate.
     """
 
@@ -54,8 +56,10 @@ class NodeAdam(torch.optim.Optimizer):
         state = self.state[bank]
         if "exp_avg" not in state or state["exp_avg"].shape != bank.shape:
             # numpy's zeros map fresh pages lazily: memory is used only for nodes that were really trained.
-            empty = (lambda: torch.from_numpy(np.zeros(bank.shape, np.float32))) if bank.device.type == "cpu" else (
-                lambda: torch.zeros_like(bank)
+            empty = (
+                (lambda: torch.from_numpy(np.zeros(bank.shape, np.float32)))
+                if bank.device.type == "cpu"
+                else (lambda: torch.zeros_like(bank))
             )
             state["exp_avg"], state["exp_avg_sq"] = empty(), empty()
             state["row_steps"] = torch.zeros(len(bank), dtype=torch.int64, device=bank.device)
@@ -78,7 +82,8 @@ class NodeAdam(torch.optim.Optimizer):
                 state["row_steps"][torch.from_numpy(rows)] += 1
                 _touched_step(
                     bank.detach().numpy(), held.grad.numpy(), held.touched.numpy(), rows, state["row_steps"].numpy(),
-                    state["exp_avg"].numpy(), state["exp_avg_sq"].numpy(), group["lr"], *group["betas"], group["eps"], group["warmup"],
+                    state["exp_avg"].numpy(), state["exp_avg_sq"].numpy(), group["lr"], *group["betas"], group["eps"],
+                    group["warmup"],
                 )  # fmt: skip
                 held.rows.zero_()
 
@@ -152,7 +157,7 @@ def _clear(grad, touched, rows):
 class NodeAdamOptimizerConfig(AdamOptimizerConfig):
     """Adam on the touched entries of the node banks."""
 
-    _target: Type = field(default_factory=lambda: NodeAdam)
+    _target: type = field(default_factory=lambda: NodeAdam)
     lr: float = 1e-2
     """Learning rate."""
     eps: float = 1e-15

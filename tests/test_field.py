@@ -1,0 +1,410 @@
+"""The octree field: backends agree; what a node, a new level, a cut and a blend of the tree mean. Random pages."""
+
+from __future__ import annotations
+
+import math
+from functools import cache
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from infnerf_ns.field import FieldConfig, OctreeField, in_place_gradients, octree_from_state
+from infnerf_ns.octree import Octree, RootCube, build_octree
+
+TINY = {
+    **{"hash_levels": 3, "base_resolution": 4, "log2_table_size": 9, "features_per_level": 2, "child_hash_levels": 2},
+    **{"hidden_width": 8, "color_hidden_width": 8, "color_hidden_layers": 1, "geo_features": 3, "appearance_dim": 2},
+    **{"proposal_resolution": 8, "proposal_log2_table_size": 9},
+}
+COS, SIN = math.cos(math.radians(30)), math.sin(math.radians(30))
+TURN = torch.tensor([[COS, SIN, 0.0], [-SIN, COS, 0.0], [0.0, 0.0, 1.0]])
+MAX_LEVEL = 3
+
+every_children = pytest.mark.parametrize("children", ["residual", "independent"])
+every_sharing = pytest.mark.parametrize("sharing", ["node", "level", "tree"])
+
+
+def _cube(side: float = 3.0) -> RootCube:
+    return RootCube(torch.tensor([1.0, -2.0, 0.5]), side, TURN)
+
+
+def _tree(max_level: int = MAX_LEVEL, side: float = 3.0) -> Octree:
+    """Points crowd in one corner, so the tree is deep there and pruned elsewhere."""
+    generator = torch.Generator().manual_seed(0)
+    cube = _cube(side)
+    points = cube.to_world(torch.rand(600, 3, generator=generator) ** 2)
+    footprints = 0.03 * side * torch.rand(600, generator=generator) ** 3
+    return build_octree(points, footprints, cube, max_level=max_level, min_points=6, node_resolution=16)
+
+
+def _field(children: str = "residual", sharing: str = "node", tree: Octree | None = None, **sizes) -> OctreeField:
+    """A field whose nodes all take part and all differ."""
+    tree = tree or _tree()
+    with torch.random.fork_rng():
+        torch.manual_seed(1)
+        field = OctreeField(tree, FieldConfig(children, sharing, **{**TINY, **sizes}), MAX_LEVEL, num_photos=2)
+        for bank in (*field.grids, *field.decoders, *field.proposals):
+            bank.data.add_(0.3 * torch.randn(bank.shape))
+    field.active_level.fill_(tree.depth)
+    return field
+
+
+def _samples(tree: Octree, count: int = 300) -> tuple[Tensor, Tensor]:
+    """World positions, some of them outside of the root cube, and footprints that ask for every level."""
+    generator = torch.Generator().manual_seed(2)
+    unit = 1.1 * torch.rand(count, 3, generator=generator) ** 2.3 - 0.002
+    return tree.cube.to_world(unit), tree.gsd(0) * 2 ** (6 * torch.rand(count, generator=generator) - 5.5)
+
+
+def _levels(field: OctreeField, positions: Tensor, footprints: Tensor | None) -> Tensor:
+    return field.octree.level[field.octree.locate(positions, footprints).node]
+
+
+def test_the_tree_of_these_tests_is_deep_and_pruned() -> None:
+    tree = _tree()
+    assert tree.depth == MAX_LEVEL and tree.nodes_per_level[3] > 8
+    assert tree.summary()[3]["pruned"] > 0.5
+    levels = _levels(_field(), *_samples(tree))
+    assert levels.bincount(minlength=4).min() > 10
+
+
+# -- backends ----------------------------------------------------------------------------------------------------------
+
+
+def _values_and_gradients(field: OctreeField) -> dict[str, Tensor | None]:
+    positions, footprints = _samples(field.octree)
+    positions.requires_grad_()
+    routed = field.route(positions, footprints)
+    density, geo = field.density(routed)
+    code = torch.sin(torch.arange(len(positions) * 16.0)).reshape(-1, 16)
+    color = field.color(routed.node, geo, code, code[:, :2])
+    proposal = field.proposal_density(positions, footprints)
+    wave = torch.cos(torch.arange(float(len(positions))))
+    parameters = {"positions": positions, **dict(field.named_parameters())}
+    loss = (wave * (density + proposal + color @ torch.tensor([1.0, -2.0, 3.0]))).sum()
+    gradients = torch.autograd.grad(loss, list(parameters.values()), allow_unused=True)
+    values = {"density": density, "geometry": geo, "color": color, "proposal": proposal}
+    return {**values, **{f"gradient of {name}": grad for name, grad in zip(parameters, gradients)}}
+
+
+@every_children
+@every_sharing
+def test_numba_is_the_torch_reference(children: str, sharing: str) -> None:
+    reference, fast = (_values_and_gradients(_field(children, sharing, backend=name)) for name in ("torch", "numba"))
+    compared = 0
+    for name, expected in reference.items():
+        if expected is None or expected.numel() == 0:  # a bank that this configuration does not use
+            assert fast[name] is None or not bool(fast[name].any()), name
+            continue
+        assert bool(expected.abs().max() > 0), name
+        assert (expected - fast[name]).abs().max() < 5e-5 * expected.abs().max(), name
+        compared += 1
+    assert compared >= 4 + 1 + 4 + 1 + 4, "values, positions, grids, at least one decoder, proposals"
+
+
+@every_children
+def test_in_place_gradients_are_autograds(children: str) -> None:
+    plain, held = _field(children), _field(children)
+    in_place_gradients(held)
+    for field in (plain, held):
+        positions, footprints = _samples(field.octree)
+        (field.density_at(positions, footprints) + field.proposal_density(positions, footprints)).sum().backward()
+    for (name, expected), (_, got) in zip(plain.named_parameters(), held.named_parameters()):
+        if expected.grad is not None:
+            scale = float(expected.grad.abs().max())
+            assert torch.allclose(expected.grad, got.grad, rtol=1e-5, atol=1e-6 * scale), name
+
+
+# -- children and parents ----------------------------------------------------------------------------------------------
+
+
+@every_sharing
+def test_a_new_residual_child_without_features_is_its_parent(sharing: str) -> None:
+    field = _field("residual", sharing)
+    positions, _ = _samples(field.octree)
+    footprints = torch.full((len(positions),), field.octree.gsd(3) / 8)
+    field.active_level.fill_(1)
+    before, geo_before = field.density(field.route(positions, footprints, 1))
+    for bank in field.grids[2:]:
+        bank.data.zero_()
+    field.activate_level(3)
+    routed = field.route(positions, footprints)
+    after, geo_after = field.density(routed)
+    assert int((field.octree.level[routed.node] > 1).sum()) > 50
+    # Only rounding: the kernels add the zero features in another grouping.
+    back = torch.argsort(field.route(positions, footprints, 1).order)
+    assert torch.allclose(after[torch.argsort(routed.order)], before[back], rtol=2e-6, atol=0)
+    assert torch.allclose(geo_after[torch.argsort(routed.order)], geo_before[back], atol=1e-6)
+
+
+def test_a_new_node_starts_with_the_decoder_of_its_parent() -> None:
+    for children in ("residual", "independent"):
+        field = _field(children)
+        field.active_level.fill_(1)
+        fresh = field.decoders[2].data.clone()
+        field.activate_level(2)
+        tree = field.octree
+        nodes = torch.nonzero(tree.level == 2)[:, 0]
+        expected = field.decoders[1].data[tree.row[tree.parent[nodes]]].clone()
+        if children == "residual":
+            # Root 3 x 2, level 1 2 x 2 features; those of levels 2 and 3 have weights that no parent has ever used.
+            expected[:, 10 * 8 : 18 * 8] = fresh[:, 10 * 8 : 18 * 8]
+        assert torch.equal(field.decoders[2].data, expected), children
+
+
+def test_levels_start_in_order_and_end_at_the_depth_of_the_tree() -> None:
+    field = _field(tree=_tree(max_level=2))
+    field.active_level.fill_(0)
+    positions, _ = _samples(field.octree)
+    for level, expected in ((0, 0), (1, 1), (1, 1), (0, 1), (9, 2)):
+        field.activate_level(level)
+        assert int(field.active_level) == expected
+        assert int(field.octree.level[field.route(positions, None).node].max()) == expected
+
+
+def test_all_nodes_start_with_one_decoder() -> None:
+    field = OctreeField(_tree(), FieldConfig(**TINY), MAX_LEVEL, num_photos=2)
+    pages = torch.cat([bank.data for bank in field.decoders])
+    assert len(pages) == field.octree.num_nodes and bool((pages == pages[0]).all())
+
+
+@every_children
+def test_only_residual_children_read_their_ancestors(children: str) -> None:
+    field = _field(children)
+    positions, footprints = _samples(field.octree)
+    levels = _levels(field, positions, footprints)
+    before = field.density_at(positions, footprints)
+    field.grids[0].data.mul_(-1)
+    after = field.density_at(positions, footprints)
+    changed = after != before
+    assert bool(changed[levels == 0].all())
+    assert bool(changed[levels > 0].any()) == (children == "residual")
+
+
+@every_children
+def test_gradients_reach_only_the_nodes_that_the_samples_pass(children: str) -> None:
+    field = _field(children)
+    tree = field.octree
+    deepest = tree.num_nodes - 1
+    unit = (tree.coords[deepest] + torch.rand(40, 3)) / 2**MAX_LEVEL
+    positions = tree.cube.to_world(unit.clamp(max=1 - 1e-3))
+    path = tree.route(tree.cube.to_unit(positions), None)
+    assert bool((path[:, -1] >= 0).any())
+    field.density_at(positions).sum().backward()
+    kept = path.max(dim=1).values
+    for level in range(MAX_LEVEL + 1):
+        own = kept[tree.level[kept] == level]
+        passed = path[:, level][path[:, level] >= 0] if children == "residual" else own
+        for bank, nodes in ((field.grids[level], passed), (field.decoders[level], own)):
+            rows = (nodes - tree.first_of_level[level]).unique().tolist()
+            found = [] if bank.grad is None else torch.nonzero(bank.grad.any(dim=1))[:, 0].tolist()
+            assert found == rows, level
+
+
+# -- routing -----------------------------------------------------------------------------------------------------------
+
+
+@cache
+def _shared_field(children: str) -> OctreeField:
+    return _field(children)
+
+
+@every_children
+@given(st.integers(0, 2**31))
+@settings(max_examples=15, deadline=None)
+def test_density_is_in_the_order_of_the_caller(children: str, seed: int) -> None:
+    field = _shared_field(children)
+    positions, footprints = _samples(field.octree, 100)
+    order = torch.randperm(100, generator=torch.Generator().manual_seed(seed))
+    with torch.no_grad():
+        whole, shuffled = field.density_at(positions, footprints), field.density_at(positions[order], footprints[order])
+        some = field.density_at(positions[order[:7]], footprints[order[:7]])
+    assert torch.allclose(shuffled, whole[order], rtol=1e-6, atol=0)
+    assert torch.allclose(some, whole[order[:7]], rtol=1e-6, atol=0)
+
+
+@every_children
+@every_sharing
+@pytest.mark.parametrize("cut", [0, 1, 2])
+def test_a_cut_is_a_tree_without_the_deeper_levels(children: str, sharing: str, cut: int) -> None:
+    whole, small = _field(children, sharing), _field(children, sharing, tree=_tree(max_level=cut))
+    for banks, others in ((whole.grids, small.grids), (whole.decoders, small.decoders)):
+        for bank, other in zip(banks, others):
+            other.data.copy_(bank.data[: len(other)])
+    positions, footprints = _samples(whole.octree)
+    for asked in (None, footprints):
+        expected = small.density_at(positions, asked)
+        assert torch.allclose(whole.density_at(positions, asked, max_level=cut), expected, rtol=1e-6, atol=0)
+    assert not torch.allclose(whole.density_at(positions), small.density_at(positions), rtol=1e-2)
+
+
+def test_without_footprints_the_finest_node_answers() -> None:
+    field = _field()
+    positions, _ = _samples(field.octree)
+    routed = field.route(positions, None)
+    assert routed.footprints is None
+    assert torch.equal(routed.node, field.octree.locate(positions, None).node[routed.order])
+    assert torch.equal(routed.node, field.octree.locate(positions, torch.zeros(len(positions))).node[routed.order])
+    by_nerfstudio = field.density_fn(positions.reshape(3, 100, 3))
+    assert by_nerfstudio.shape == (3, 100, 1)
+    assert torch.equal(by_nerfstudio.reshape(-1), field.density_at(positions))
+
+
+@every_children
+def test_no_samples(children: str) -> None:
+    """A chunk of pure sky has no sample that needs a normal."""
+    field = _field(children)
+    nothing, no_footprint = torch.zeros(0, 3), torch.zeros(0)
+    assert field.density_at(nothing, no_footprint).shape == (0,)
+    assert field.density_at(nothing).shape == (0,)
+    assert field.proposal_density(nothing, no_footprint).shape == (0,)
+    assert field.normals(nothing, no_footprint).shape == (0, 3)
+    routed = field.route(nothing, no_footprint)
+    assert field.color(routed.node, torch.zeros(0, 3), torch.zeros(0, 16), torch.zeros(0, 2)).shape == (0, 3)
+
+
+# -- the blend of adjacent levels --------------------------------------------------------------------------------------
+
+
+def _blended(field: OctreeField, positions: Tensor, footprints: Tensor):
+    routed = field.route(positions, footprints)
+    share = field.octree.fraction(field.octree.level[routed.node], footprints[routed.order])
+    routed, share = field.with_parents(routed, share)
+    density, _ = field.density(routed)
+    return routed, share, torch.zeros(len(positions)).index_add(0, routed.order, share * density)
+
+
+@every_children
+def test_blend_weights_sum_to_one_and_the_others_are_the_parents(children: str) -> None:
+    field = _field(children)
+    positions, footprints = _samples(field.octree)
+    routed, share, _ = _blended(field, positions, footprints)
+    total = torch.zeros(len(positions)).index_add(0, routed.order, share)
+    assert torch.allclose(total, torch.ones_like(total), atol=1e-6)
+    assert bool((share > 0).all()) and bool((routed.node.diff() >= 0).all()), "sorted by node again"
+    assert torch.equal(routed.footprints, footprints[routed.order])
+    assert torch.equal(routed.unit, field.octree.cube.to_unit(positions)[routed.order])
+    assert torch.equal(routed.path.max(dim=1).values, routed.node)
+    own = field.octree.locate(positions, footprints).node[routed.order]
+    added = routed.node != own
+    assert 20 < int(added.sum()) == len(share) - len(positions)
+    assert torch.equal(routed.node[added], field.octree.parent[own[added]])
+
+
+@every_children
+@torch.no_grad()
+def test_nothing_pops_while_a_footprint_shrinks(children: str) -> None:
+    field = _field(children)
+    tree = field.octree
+    steps = 1601
+    footprints = tree.gsd(0) * 2 ** torch.linspace(1, -4, steps)
+    for node in range(tree.num_nodes - 4, tree.num_nodes):
+        center = tree.cube.to_world((tree.coords[node] + 0.4) / 2**MAX_LEVEL).expand(steps, 3)
+        assert _levels(field, center, footprints).unique().tolist() == [0, 1, 2, 3]
+        smooth = _blended(field, center, footprints)[2]
+        span = float(smooth.max() - smooth.min())
+        # 320 steps per octave: a sample that crosses the whole span within one octave moves by span / 320 per step.
+        assert smooth.diff().abs().max() < 0.01 * span
+        assert field.density_at(center, footprints).diff().abs().max() > 0.05 * span, "the blend has something to hide"
+
+
+# -- values ------------------------------------------------------------------------------------------------------------
+
+
+def test_density_is_per_scene_unit() -> None:
+    """A scene ten times as large has a tenth of the density everywhere."""
+    small, large = _field(tree=_tree(side=3.0)), _field(tree=_tree(side=30.0))
+    assert small.octree.nodes_per_level == large.octree.nodes_per_level
+    positions, footprints = _samples(small.octree)
+    center = small.octree.cube.center
+    scaled = (positions - center) * 10 + center
+    expected = small.density_at(positions, footprints) / 10
+    assert torch.allclose(large.density_at(scaled, footprints * 10), expected, rtol=2e-4)
+    expected = small.proposal_density(positions, footprints) / 10
+    assert torch.allclose(large.proposal_density(scaled, footprints * 10), expected, rtol=2e-4)
+
+
+def test_detail_finer_than_the_footprint_fades() -> None:
+    field, blank, sharp = _field(), _field(), _field(downweight=0.0)
+    for bank in blank.grids:
+        bank.data.zero_()
+    positions, _ = _samples(field.octree)
+    ones = torch.ones(len(positions))
+    huge, tiny, cell = 1e5 * ones, 1e-7 * ones, 1.01 * field.octree.gsd(0) * ones
+    assert torch.allclose(field.density_at(positions, huge), blank.density_at(positions, huge), rtol=1e-3)
+    assert torch.allclose(field.density_at(positions, tiny, 0), field.density_at(positions, None, 0), rtol=1e-5)
+    assert torch.equal(sharp.density_at(positions, huge), sharp.density_at(positions, cell))
+    assert not torch.allclose(field.density_at(positions, cell), field.density_at(positions, huge), rtol=1e-2)
+
+
+def test_normal_of_a_slope() -> None:
+    """Log density grows linearly along a known direction: the normal is the opposite one, everywhere in the cube."""
+    tree = build_octree(torch.zeros(1, 3), torch.ones(1), _cube(), max_level=0, min_points=1, node_resolution=8)
+    config = FieldConfig(**{**TINY, "hash_levels": 1, "features_per_level": 1, "log2_table_size": 12})
+    field = OctreeField(tree, config, 0, num_photos=2)
+    assert field.grids[0].shape == (1, 16**3)
+    slope = torch.tensor([0.1, -0.05, 0.08])
+    z, y, x = torch.meshgrid(*[torch.arange(16.0)] * 3, indexing="ij")  # x is the fastest axis of the table
+    field.grids[0].data[0] = 2 + (torch.stack([x, y, z], dim=-1) @ slope).reshape(-1)
+    field.decoders[0].data.zero_()
+    field.decoders[0].data[0, [0, 8]] = 1.0  # feature -> first hidden unit -> log density
+    positions = tree.cube.to_world(torch.rand(50, 3))
+    expected = -TURN.T @ (slope / slope.norm())
+    normals = field.normals(positions, None)
+    assert torch.allclose(normals, expected.expand(50, 3), atol=1e-4)
+    assert not normals.requires_grad and field.grids[0].grad is None
+
+
+@every_children
+def test_normals_are_finite_differences(children: str) -> None:
+    field = _field(children).double()
+    positions = _samples(field.octree)[0].double()
+    step = 1e-6
+    moved = positions[:, None, None] + step * torch.stack([torch.eye(3), -torch.eye(3)]).double()
+    logs = field.density_at(moved.reshape(-1, 3)).log().reshape(len(positions), 2, 3)
+    gradient = (logs[:, 0] - logs[:, 1]) / (2 * step)
+    steep = gradient.norm(dim=1) > 1e-3
+    # Positions next to a face of a node, where the density itself jumps, are no place for a difference.
+    smooth = (field.octree.cube.to_unit(positions) * 8).frac().abs().sub(0.5).abs().amax(dim=1) < 0.499
+    assert int((steep & smooth).sum()) > 200
+    expected = -torch.nn.functional.normalize(gradient, dim=1)
+    got = field.normals(positions, None)
+    assert got.norm(dim=1)[steep].sub(1).abs().max() < 1e-9
+    assert torch.allclose(got[steep & smooth], expected[steep & smooth], atol=1e-5)
+
+
+# -- the tree in the state ---------------------------------------------------------------------------------------------
+
+
+@every_sharing
+def test_memory_is_what_the_parameters_take(sharing: str) -> None:
+    field = _field("residual", sharing)
+    counts = [sum(bank.numel() for bank in banks) for banks in zip(field.grids, field.decoders, field.proposals)]
+    assert field.pages.memory_bytes(field.octree, training=False) == [4 * count for count in counts]
+    assert field.pages.memory_bytes(
+        field.octree,
+    ) == [16 * count for count in counts], "with gradient and two moments"
+    # Root by hand: 3 hash levels of 512 entries x 2; 18 x 8 + 8 x 4 and 21 x 8 + 8 x 3 weights; 4 proposal levels.
+    root = 3 * 512 * 2 + (18 * 8 + 8 * 4 + 21 * 8 + 8 * 3) + field.proposal_layouts[0].page_size
+    assert counts[0] == root
+    shallow = _field(tree=_tree(max_level=1))
+    assert len(shallow.pages.memory_bytes(shallow.octree)) == 2
+
+
+def test_the_tree_survives_the_state_dict() -> None:
+    field = _field()
+    state = {f"module.{name}": value for name, value in field.state_dict().items()}
+    tree = octree_from_state(state, "module.")
+    for name in ("level", "coords", "parent", "children"):
+        assert torch.equal(getattr(tree, name), getattr(field.octree, name)), name
+    assert (tree.node_resolution, tree.gsd_sharpness) == (16, 2.0)
+    assert tree.cube.side == field.octree.cube.side
+    assert torch.equal(tree.cube.rotation, TURN) and torch.equal(tree.cube.center, field.octree.cube.center)
+    other = OctreeField(_tree(max_level=1), field.config, MAX_LEVEL, num_photos=2)
+    other.set_octree(tree)
+    other.load_state_dict(field.state_dict())
+    positions, footprints = _samples(tree)
+    assert torch.equal(other.density_at(positions, footprints), field.density_at(positions, footprints))

@@ -1,0 +1,255 @@
+"""NodeAdam: torch's Adam where everything is touched, and nothing at all where nothing is."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+from torch.nn import Parameter
+
+from infnerf_ns.kernels import HashLayout, bank_gradient, enable_bank_gradient, grouped_mlp, hash_encode, mlp_page_size
+from infnerf_ns.training.optimizer import NodeAdam, NodeAdamOptimizerConfig, _dense_step
+
+ROWS, PAGE = 5, 37  # the last block of a page is not full
+MOMENTS = ("exp_avg", "exp_avg_sq", "row_steps")
+
+
+def _bank(rows: int = ROWS) -> Parameter:
+    bank = Parameter(torch.randn(rows, PAGE, generator=torch.Generator().manual_seed(1)))
+    enable_bank_gradient(bank)
+    return bank
+
+
+def _give(bank: Parameter, gradient: Tensor) -> None:
+    """What the backward kernels do: add the gradient in place and flag what was touched."""
+    held = bank_gradient(bank)
+    held.grad.add_(gradient)
+    padded = torch.nn.functional.pad(gradient, (0, held.touched.shape[1] * 16 - gradient.shape[1]))
+    held.touched |= padded.reshape(len(gradient), -1, 16).any(dim=2).to(torch.uint8)
+    held.rows |= gradient.any(dim=1).to(torch.uint8)
+
+
+def _gradients(seed: int, steps: int, density: float = 1.0) -> list[Tensor]:
+    """Random gradients; a share of ``density`` of the entries is touched, and of the rows half if not all are."""
+    generator = torch.Generator().manual_seed(seed)
+    gradients = []
+    for _ in range(steps):
+        gradient = torch.randn(ROWS, PAGE, generator=generator)
+        if density < 1:
+            gradient[torch.rand(ROWS, PAGE, generator=generator) > density] = 0
+            gradient[torch.rand(ROWS, generator=generator) < 0.5] = 0
+        gradients.append(gradient)
+    return gradients
+
+
+def _dense(bank: Parameter, optimizer: NodeAdam, gradient: Tensor) -> None:
+    bank.grad = gradient.clone()
+    with torch.no_grad():
+        _dense_step(bank, optimizer._moments(bank), optimizer.param_groups[0])
+    bank.grad = None
+
+
+@pytest.mark.parametrize("path", ["touched", "dense"])
+@pytest.mark.parametrize(
+    "config", [{}, {"betas": (0.8, 0.95), "eps": 1e-2}], ids=["defaults", "other betas, large eps"]
+)
+def test_where_everything_is_touched_it_is_adam(path: str, config: dict) -> None:
+    bank = _bank()
+    reference = Parameter(bank.detach().clone())
+    optimizer = NodeAdam([bank], lr=0.03, **config)
+    adam = torch.optim.Adam([reference], lr=0.03, **{"betas": (0.9, 0.99), "eps": 1e-15, **config})
+    for gradient in _gradients(0, 8):
+        reference.grad = gradient.clone()
+        adam.step()
+        if path == "dense":
+            _dense(bank, optimizer, gradient)
+        else:
+            _give(bank, gradient)
+            optimizer.step()
+        assert torch.allclose(bank, reference, rtol=1e-5, atol=1e-6)
+    for moment in ("exp_avg", "exp_avg_sq"):
+        assert torch.allclose(optimizer.state[bank][moment], adam.state[reference][moment], rtol=1e-5, atol=1e-7)
+
+
+@given(st.integers(0, 2**31))
+@settings(max_examples=20, deadline=None)
+def test_the_dense_path_gives_the_same(seed: int) -> None:
+    touched, dense = _bank(), _bank()
+    first, second = NodeAdam([touched], lr=0.03), NodeAdam([dense], lr=0.03)
+    for gradient in _gradients(seed, 6, density=0.2):
+        _give(touched, gradient)
+        first.step()
+        _dense(dense, second, gradient)
+    assert torch.allclose(touched, dense, rtol=1e-5, atol=1e-6)
+    for moment in MOMENTS:
+        assert torch.allclose(first.state[touched][moment], second.state[dense][moment], rtol=1e-5, atol=1e-7), moment
+
+
+@given(st.integers(0, 2**31))
+@settings(max_examples=20, deadline=None)
+def test_untouched_entries_stay_bit_for_bit(seed: int) -> None:
+    bank = _bank()
+    optimizer = NodeAdam([bank], lr=0.03)
+    _give(bank, _gradients(seed, 1)[0])
+    optimizer.step()
+    for gradient in _gradients(seed + 1, 3, density=0.2):
+        values = {"bank": bank.detach().clone(), **{name: optimizer.state[bank][name].clone() for name in MOMENTS}}
+        _give(bank, gradient)
+        optimizer.step()
+        now = {"bank": bank.detach(), **optimizer.state[bank]}
+        still, rows = gradient == 0, ~gradient.any(dim=1)
+        for name in ("bank", "exp_avg", "exp_avg_sq"):
+            assert torch.equal(now[name][still], values[name][still]), name
+            assert bool((now[name][~still] != values[name][~still]).all()), name
+        assert torch.equal(now["row_steps"] - values["row_steps"], (~rows).long())
+
+
+def test_a_step_clears_what_it_used() -> None:
+    bank = _bank()
+    optimizer = NodeAdam([bank], lr=0.03)
+    _give(bank, _gradients(0, 1)[0])
+    optimizer.step()
+    held = bank_gradient(bank)
+    assert not bool(held.grad.any()) and not bool(held.touched.any()) and not bool(held.rows.any())
+    before = bank.detach().clone()
+    optimizer.step()
+    assert torch.equal(bank, before) and optimizer.state[bank]["row_steps"].tolist() == [1] * ROWS
+
+
+def test_a_late_node_starts_like_a_new_one() -> None:
+    """Bias correction counts a node's own steps: its first one has the size of the learning rate, whenever it comes."""
+    bank = _bank()
+    optimizer = NodeAdam([bank], lr=0.03)
+    early = torch.zeros(ROWS, PAGE)
+    early[:2] = 1.0
+    for _ in range(50):
+        _give(bank, early)
+        optimizer.step()
+    before, late = bank.detach().clone(), torch.zeros(ROWS, PAGE)
+    late[3] = torch.linspace(-4, 5, PAGE)
+    _give(bank, late)
+    optimizer.step()
+    assert torch.allclose(bank[3] - before[3], -0.03 * late[3].sign(), atol=1e-6)
+    assert optimizer.state[bank]["row_steps"].tolist() == [50, 50, 0, 1, 0]
+
+
+@pytest.mark.parametrize("path", ["touched", "dense"])
+def test_a_node_warms_up_by_its_own_steps(path: str) -> None:
+    """With a constant gradient every step of Adam has the size of the learning rate, here 1/4, 2/4, 3/4, 1, 1 of it."""
+    bank = _bank()
+    optimizer = NodeAdam([bank], lr=0.04, warmup=4)
+    for step in range(7):
+        gradient = torch.zeros(ROWS, PAGE)
+        gradient[0] = 1.0
+        gradient[1] = -1.0 if step >= 2 else 0.0
+        before = bank.detach().clone()
+        if path == "dense":
+            _dense(bank, optimizer, gradient)
+        else:
+            _give(bank, gradient)
+            optimizer.step()
+        for row, steps, sign in ((0, step + 1, -1), (1, step - 1, 1)):
+            expected = sign * 0.01 * min(max(steps, 0), 4)
+            assert torch.allclose(bank[row] - before[row], torch.full((PAGE,), expected), atol=1e-6), (step, row)
+
+
+@pytest.mark.parametrize("set_to_none", [True, False])
+def test_zero_grad_forgets_a_backward_pass(set_to_none: bool) -> None:
+    bank = _bank()
+    optimizer = NodeAdam([bank], lr=0.03)
+    before = bank.detach().clone()
+    _give(bank, _gradients(0, 1, density=0.3)[0])
+    optimizer.zero_grad(set_to_none=set_to_none)
+    held = bank_gradient(bank)
+    assert not bool(held.grad.any()) and not bool(held.touched.any()) and not bool(held.rows.any())
+    optimizer.step()
+    assert torch.equal(bank, before)
+
+
+def test_a_loaded_state_continues_bit_for_bit() -> None:
+    bank = _bank()
+    optimizer = NodeAdam([bank], lr=0.03)
+    for gradient in _gradients(0, 4, density=0.4):
+        _give(bank, gradient)
+        optimizer.step()
+    twin = Parameter(bank.detach().clone())
+    enable_bank_gradient(twin)
+    resumed = NodeAdam([twin], lr=0.5)
+    resumed.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+    assert resumed.param_groups[0]["lr"] == 0.03
+    assert resumed.state[twin]["row_steps"].dtype == torch.int64, "torch casts a state to the Parameter's type"
+    for gradient in _gradients(1, 4, density=0.4):
+        for parameter, steps in ((bank, optimizer), (twin, resumed)):
+            _give(parameter, gradient)
+            steps.step()
+    assert torch.equal(bank, twin)
+    for moment in MOMENTS:
+        assert torch.equal(optimizer.state[bank][moment], resumed.state[twin][moment]), moment
+
+
+def test_a_bank_that_grows_keeps_training() -> None:
+    bank = _bank()
+    optimizer = NodeAdam([bank], lr=0.03)
+    for gradient in _gradients(0, 3):
+        _give(bank, gradient)
+        optimizer.step()
+    bank.data = torch.cat([bank.data, torch.zeros(2, PAGE)])
+    optimizer.zero_grad()
+    optimizer.step()  # nothing touched yet
+    before = bank.detach().clone()
+    _give(bank, torch.ones(ROWS + 2, PAGE))
+    optimizer.step()
+    assert bank_gradient(bank).grad.shape == optimizer.state[bank]["exp_avg"].shape == (ROWS + 2, PAGE)
+    assert bool((bank < before).all())
+    assert torch.allclose(bank[ROWS:], torch.full((2, PAGE), -0.03)), "the first step of the new nodes"
+
+
+def test_empty_and_unused_banks_are_left_alone() -> None:
+    empty, unused = Parameter(torch.empty(0, PAGE)), _bank()
+    before = unused.detach().clone()
+    optimizer = NodeAdam([empty, unused], lr=0.03)
+    optimizer.zero_grad()
+    optimizer.step()
+    assert torch.equal(unused, before) and len(empty) == 0
+
+
+@pytest.mark.parametrize("backend", ["torch", "numba"])
+def test_a_step_after_the_kernels_is_a_step_of_adam(backend: str) -> None:
+    """From the kernels' backward pass to the parameters, for both kinds of gradient that they leave."""
+    layout, widths = HashLayout(2, 4, 8, 9, 2), (4, 8, 3)
+    generator = torch.Generator().manual_seed(0)
+    positions, rows = torch.rand(60, 3, generator=generator), torch.arange(60) // 30
+    starts = torch.tensor([0, 30, 60])
+    results = []
+    for ours in (True, False):
+        generator.manual_seed(3)
+        grids = Parameter(torch.randn(3, layout.page_size, generator=generator))
+        weights = Parameter(torch.randn(3, mlp_page_size(widths), generator=generator))
+        if ours and backend == "numba":
+            enable_bank_gradient(grids)
+            enable_bank_gradient(weights)
+        banks = [grids, weights]
+        optimizer = NodeAdam(banks, lr=0.01) if ours else torch.optim.Adam(banks, lr=0.01, eps=1e-15)
+        optimizer.zero_grad()
+        features = hash_encode(positions, rows, grids, layout, backend)
+        grouped_mlp(features, starts, torch.tensor([0, 1]), weights, 0, widths, None, backend).square().sum().backward()
+        optimizer.step()
+        results.append((grids.detach(), weights.detach()))
+    for got, expected in zip(*results):
+        # In a first step every entry moves by lr * sign; a gradient of a rounding error has a sign of its own.
+        assert ((got - expected).abs() > 1e-6).float().mean() < 1e-3
+        assert torch.equal(got[2], expected[2]), "the node that no sample saw"
+
+
+def test_the_configuration_makes_it() -> None:
+    bank = _bank()
+    optimizer = NodeAdamOptimizerConfig(lr=0.02, betas=(0.8, 0.9), eps=1e-8, warmup=7).setup(params=[bank])
+    assert isinstance(optimizer, NodeAdam)
+    group = optimizer.param_groups[0]
+    assert {name: group[name] for name in ("lr", "betas", "eps", "warmup")} == {
+        **{"lr": 0.02, "betas": (0.8, 0.9), "eps": 1e-8, "warmup": 7}
+    }
