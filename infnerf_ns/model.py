@@ -298,6 +298,10 @@ class InfNeRFModel(Model):
                 rays.metadata[ORTHOGRAPHIC_FOOTPRINT] = torch.full_like(rays.pixel_area, radius)
             return self.get_outputs_for_camera_ray_bundle(rays)
 
+    def get_rgba_image(self, outputs: dict[str, Tensor], output_name: str = "rgb") -> Float[Tensor, "*bs 4"]:
+        """Colour with the accumulation as alpha, so that exported point clouds and meshes leave the background out."""
+        return torch.cat([outputs[output_name], outputs["accumulation"]], dim=-1)
+
     def _appearance(self, rays: RayBundle) -> Float[Tensor, "R A"] | None:
         """Appearance code per ray: the given one, the photo's in training, the mean of all photos otherwise."""
         if self.field.appearance is None:
