@@ -116,7 +116,7 @@ def test_photos_of_different_sizes(tmp_path: Path) -> None:
     Image.fromarray(photo(3)).resize((48, 40)).save(tmp_path / "images/003.png")
     meta["frames"][3].update(w=48, h=40, cx=24.0, cy=20.0)
     write_json(tmp_path, meta)
-    manager = make_config(tmp_path, train_num_rays_per_batch=4096).setup()
+    manager = make_config(tmp_path, train_num_rays_per_batch=4096, level_share=0.0).setup()
     _, batch = manager.next_train(0)
     counts = batch["indices"][:, 0].bincount() / 4096
     large = [name.stem for name in manager.train_dataset.image_filenames].index("003")

@@ -96,7 +96,7 @@ class PixelPyramid:
         channels: 3, or 4 with alpha.
         max_levels: levels per photo, fewer for small photos.
         masked: whether photos come with masks.
-        level_share: share of the draws in which every level has the same chance instead of every pixel.
+        level_share: share of the draws in which every level has the same chance, instead of every pixel of all levels.
     """
 
     def __init__(
@@ -119,6 +119,9 @@ class PixelPyramid:
         self.start = torch.cat([ends.new_zeros(1), ends[:-1]])
         """first pixel of each segment"""
         self.num_pixels = int(ends[-1])
+        of_level = torch.zeros(int(level.max()) + 1, dtype=torch.float64).index_add(0, level, (height * width).double())
+        self.level_cdf = torch.cumsum(height * width / of_level[level] / len(of_level), dim=0)
+        """chance up to each segment, where every level has the same and a level's pixels are alike"""
         self.pixels = torch.empty((self.num_pixels, channels), dtype=torch.uint8)
         self.valid: Bool[Tensor, "p"] | None = torch.ones(self.num_pixels, dtype=torch.bool) if masked else None
         self._segments_of = [range(*_span(photo, index)) for index in range(len(sizes))]
@@ -145,7 +148,7 @@ class PixelPyramid:
 
     def to(self, device: torch.device | str) -> PixelPyramid:
         """Moves the buffers; pixels are then drawn on that device."""
-        for name in ("photo", "level", "height", "width", "start", "pixels", "valid"):
+        for name in ("photo", "level", "height", "width", "start", "level_cdf", "pixels", "valid"):
             value = getattr(self, name)
             setattr(self, name, None if value is None else value.to(device))
         return self
@@ -199,7 +202,8 @@ class PixelPyramid:
         flat = torch.randint(self.num_pixels, (count - by_level,), dtype=torch.int64, **options)
         if by_level == 0:
             return flat
-        segment = torch.randint(len(self.start), (by_level,), **options)
+        chance = torch.rand(by_level, dtype=torch.float64, **options)
+        segment = torch.searchsorted(self.level_cdf, chance, right=True).clamp(max=len(self.start) - 1)
         size = (self.height * self.width)[segment]
         place = (torch.rand(by_level, dtype=torch.float64, **options) * size).long().clamp(max=size - 1)
         return torch.cat([flat, self.start[segment] + place])
