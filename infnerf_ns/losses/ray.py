@@ -1,7 +1,7 @@
 """Losses on the weights along rays, beside nerfstudio's own.
 
 ``interlevel_loss`` (proposals, mip-NeRF 360) is nerfstudio's. Its distortion loss compares all pairs of samples, which
-grows with the square of their number; this is the linear form of the same sum, and the tests hold the two against each other.
+grows with the square of their number; this is the linear form of the same sum; the tests compare the two.
 """
 
 from __future__ import annotations
