@@ -36,6 +36,7 @@ from infnerf_ns.field import FieldConfig, OctreeField, in_place_gradients, octre
 from infnerf_ns.losses import ray as ray_losses
 from infnerf_ns.losses import reconstruction
 from infnerf_ns.losses import tree as tree_losses
+from infnerf_ns.near_plane import NearPlanes
 from infnerf_ns.octree import Octree, build_octree, root_cube
 from infnerf_ns.pages import PageLayout
 from infnerf_ns.sampler import (
@@ -154,6 +155,9 @@ class InfNeRFModel(Model):
             )
         octree = self._build_octree(scene)
         self.sampler = LoDSampler(self.config.sampler, self.config.sampler.near_plane or scene.near, octree.cube.side)
+        self.near_planes = None
+        if self.config.sampler.near_plane is None:
+            self.near_planes = NearPlanes(scene.points, scene.photo_nears, scene.near)
         self._log_tree(octree, scene)
         self.field = OctreeField(octree, self.config.field, self.config.octree.max_level, self.num_train_data)
         in_place_gradients(self.field)
@@ -254,6 +258,8 @@ class InfNeRFModel(Model):
                 " --pipeline.model.field options"
             )
         self.field.set_octree(octree)
+        if self.near_planes is not None and "near_planes.points" in state_dict:
+            self.near_planes.points = torch.empty_like(state_dict["near_planes.points"], device=self.device)
         for name, value in self.field.named_parameters():
             saved = state_dict[f"field.{name}"]
             if saved.shape != value.shape:
@@ -289,14 +295,22 @@ class InfNeRFModel(Model):
 
     # -- rendering
 
+    def camera_rays(self, camera: Cameras, obb_box: OrientedBox | None = None) -> RayBundle:
+        """Rays [H, W] of one camera with its near plane; orthographic ones have the constant footprint of their ground
+        pixel."""
+        rays = camera.generate_rays(camera_indices=0, keep_shape=True, obb_box=obb_box)
+        if int(camera.camera_type.flatten()[0]) == CameraType.ORTHOPHOTO.value:
+            radius = 1 / (2 * float(camera.fx.flatten()[0]))
+            rays.metadata[ORTHOGRAPHIC_FOOTPRINT] = torch.full_like(rays.pixel_area, radius)
+        if self.near_planes is not None:
+            near = torch.full_like(rays.pixel_area, self.near_planes.of_camera(camera))
+            rays.nears = near if rays.nears is None else torch.maximum(rays.nears, near)
+        return rays
+
     def get_outputs_for_camera(self, camera: Cameras, obb_box: OrientedBox | None = None) -> dict[str, Tensor]:
-        """Renders a camera; orthographic cameras get the constant footprint of their ground pixel."""
+        """Renders a camera."""
         with torch.no_grad():
-            rays = camera.generate_rays(camera_indices=0, keep_shape=True, obb_box=obb_box)
-            if int(camera.camera_type.flatten()[0]) == CameraType.ORTHOPHOTO.value:
-                radius = 1 / (2 * float(camera.fx.flatten()[0]))
-                rays.metadata[ORTHOGRAPHIC_FOOTPRINT] = torch.full_like(rays.pixel_area, radius)
-            return self.get_outputs_for_camera_ray_bundle(rays)
+            return self.get_outputs_for_camera_ray_bundle(self.camera_rays(camera, obb_box))
 
     def get_rgba_image(self, outputs: dict[str, Tensor], output_name: str = "rgb") -> Float[Tensor, "*bs 4"]:
         """Colour with the accumulation as alpha, so that exported point clouds and meshes leave the background out."""
@@ -324,6 +338,8 @@ class InfNeRFModel(Model):
         """
         if self.training:
             self.camera_optimizer.apply_to_raybundle(ray_bundle)
+            if self.near_planes is not None:
+                ray_bundle.nears = self.near_planes.of_photos(ray_bundle.camera_indices)
         octree, blend = self.field.octree, self.config.blend_levels and not self.training
         samples, weights_list, samples_list = self.sampler(ray_bundle, self.field.proposal_density, self.step)
         rays, per_ray = samples.frustums.starts.shape[:2]

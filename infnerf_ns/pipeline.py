@@ -67,7 +67,7 @@ class InfNeRFPipeline(VanillaPipeline):
         height, half = image.shape[0], image.shape[1] // 2
         code = table.weight.detach().mean(dim=0).clone().requires_grad_()
         optimizer = torch.optim.Adam([code], lr=self.config.half_fit_lr)
-        rays = camera.to(self.device).generate_rays(camera_indices=0, keep_shape=True)[:, :half].flatten()
+        rays = self.model.camera_rays(camera.to(self.device))[:, :half].flatten()
         target = image[:, :half].reshape(-1, 3)
         seen = batch["mask"][:, :half].reshape(-1).bool().to(self.device) if "mask" in batch else None
         candidates = torch.arange(height * half, device=target.device) if seen is None else torch.nonzero(seen)[:, 0]
@@ -97,7 +97,7 @@ class InfNeRFPipeline(VanillaPipeline):
         per_level = defaultdict(list)
         num_rays, start = 0, perf_counter()
         for level, camera_at_level, image, mask in self.datamanager.eval_pyramid(camera, batch):
-            rays = camera_at_level.to(self.device).generate_rays(camera_indices=0, keep_shape=True)
+            rays = self.model.camera_rays(camera_at_level.to(self.device))
             if code is not None:
                 rays.metadata[APPEARANCE] = code.expand(*rays.shape, -1)
             outputs = self.model.get_outputs_for_camera_ray_bundle(rays)

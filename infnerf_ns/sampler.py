@@ -46,7 +46,8 @@ class SamplerConfig:
     proposal_update_every: Annotated[int, Range(1, 100)] = 4
     """Steps between two updates of the proposals after their warm-up."""
     near_plane: Annotated[float, Range(1e-9, 1e9)] | None = None
-    """Near plane in scene units; by default half of the 0.1 percentile of the SfM depths."""
+    """Near plane of all cameras in scene units; by default each camera has its own, half of the distance to the nearest
+    SfM points in its view."""
     far_factor: Annotated[float, Range(1.0, 1e6)] = 100.0
     """Far plane, in edge lengths of the root cube."""
     coarse_share: Annotated[float, Range(0.0, 1.0)] = 0.3
@@ -110,8 +111,9 @@ class LoDSampler(nn.Module):
         self, rays: RayBundle, density_fn: DensityFn, step: int
     ) -> tuple[RaySamples, list[Float[Tensor, "R S 1"]], list[RaySamples]]:
         """Samples for the field, and weights and samples of every proposal round."""
-        if rays.nears is None or rays.fars is None:
+        if rays.nears is None:
             rays.nears = torch.full_like(rays.origins[:, :1], self.near)
+        if rays.fars is None:
             rays.fars = torch.full_like(rays.origins[:, :1], self.config.far_factor * self.bend)
         elif bool((rays.pixel_area == 1).all()):  # the short rays through a mesh's surface that texture export renders
             rays.nears = torch.maximum(rays.nears, (0.01 * rays.fars).clamp(max=self.near))

@@ -11,7 +11,7 @@ import pytest
 import torch
 from nerfstudio.cameras.cameras import Cameras, CameraType
 from nerfstudio.cameras.rays import RayBundle
-from nerfstudio.data.scene_box import SceneBox
+from nerfstudio.data.scene_box import OrientedBox, SceneBox
 from nerfstudio.utils import colormaps
 from tiny_capture import look_at_origin
 from torch import Tensor
@@ -31,7 +31,8 @@ def _scene(seed: int = 0, count: int = 600) -> SfMScene:
     generator = torch.Generator().manual_seed(seed)
     points = torch.rand(count, 3, generator=generator) - 0.5
     footprints = 0.05 * torch.rand(count, generator=generator) ** 3
-    return SfMScene(points, footprints, torch.full((count,), 3), near=0.2 + 0.01 * seed, source="tracks")
+    near = 0.2 + 0.01 * seed
+    return SfMScene(points, footprints, torch.full((count,), 3), near, torch.full((PHOTOS,), near), source="tracks")
 
 
 def _config(
@@ -84,6 +85,30 @@ def _batch(count: int = 64, seed: int = 0) -> tuple[RayBundle, dict[str, Tensor]
     photos = torch.randint(PHOTOS, (count, 1), generator=generator)
     rays = RayBundle(origins, directions, torch.full((count, 1), 1e-5), camera_indices=photos)
     return rays, {"image": torch.rand(count, 3, generator=generator)}
+
+
+@pytest.mark.parametrize("fixed", [None, 0.3])
+def test_every_photo_has_its_near_plane(fixed: float | None) -> None:
+    scene = _scene()
+    scene.photo_nears = torch.tensor([0.25, 0.5, 1.0])
+    model = _model(_config(sampler={"near_plane": fixed}), scene).train()
+    rays, _ = _batch()
+    with torch.no_grad():
+        starts = model(rays)["ray_samples_list"][0].frustums.starts[:, 0, 0]
+    expected = scene.photo_nears[rays.camera_indices[:, 0]] if fixed is None else torch.full_like(starts, fixed)
+    assert bool((starts >= expected * 0.999).all()) and bool((starts <= expected * 1.4).all())
+
+
+def test_a_rendered_camera_has_the_near_plane_of_what_it_shows() -> None:
+    """The camera is 1.73 from the middle of points in a cube of edge 1."""
+    model = _model().eval()
+    camera = _camera(*CAMERAS["perspective"])
+    near = model.camera_rays(camera).nears
+    assert 0.4 < near.min() == near.max() < 0.75
+    assert model.camera_rays(_camera(*CAMERAS["orthographic"])).nears.max() == pytest.approx(0.2)
+    box = OrientedBox(torch.eye(3), torch.zeros(3), torch.full((3,), 2.0))
+    cropped = model.camera_rays(camera, box).nears
+    assert cropped.min() >= near.min() and cropped.max() > near.max()
 
 
 # -- rendering ---------------------------------------------------------------------------------------------------------

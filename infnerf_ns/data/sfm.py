@@ -13,7 +13,6 @@ supplement). Which photos observe a point comes from the best source there is:
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -27,7 +26,9 @@ from nerfstudio.data.utils.colmap_parsing_utils import read_images_binary, read_
 from nerfstudio.utils.rich_utils import CONSOLE
 from torch import Tensor
 
+from infnerf_ns.data.projection import project, single_cameras
 from infnerf_ns.footprint import point_footprint
+from infnerf_ns.near_plane import photo_near_planes
 
 MIN_PHOTOS = 3
 """A point seen in fewer photos is dropped: its position is not reliable."""
@@ -63,6 +64,8 @@ class SfMScene:
     """train photos that see the point"""
     near: float
     """half of the 0.1 percentile of the distances between cameras and the points that they see, scene units"""
+    photo_nears: Float[Tensor, "c"]
+    """near plane of each train photo, scene units; none is below ``near``"""
     source: Literal["tracks", "visibility", "frusta"]
     """where the visibility comes from"""
 
@@ -75,20 +78,6 @@ class _Observations(NamedTuple):
     num_photos: Int[Tensor, "n"]
     distances: Float[Tensor, "k"]
     distance_points: Int[Tensor, "k"]
-
-
-class Projection(NamedTuple):
-    """Points in one photo."""
-
-    pixels: Float[Tensor, "n 2"]
-    """x and y in pixels, pixel centres at +0.5; only meaningful where ``inside``"""
-    depth: Float[Tensor, "n"]
-    """what the footprint formula calls z: along the optical axis for perspective cameras, else the distance; scene
-    units"""
-    distance: Float[Tensor, "n"]
-    """distance to the camera centre, scene units"""
-    inside: Bool[Tensor, "n"]
-    """in front of the camera and within the photo"""
 
 
 def build_sfm_scene(dataparser_outputs: DataparserOutputs, cameras: Cameras) -> SfMScene:
@@ -112,7 +101,7 @@ def build_sfm_scene(dataparser_outputs: DataparserOutputs, cameras: Cameras) -> 
         return _frusta_scene(cameras, "the dataparser gives no SfM points")
     points = torch.as_tensor(points).detach().to("cpu", torch.float32)
     if "points3D_track_footprint" in metadata:
-        return _given_scene(points, metadata, float((dataparser_outputs.cameras.fx.cpu() / cameras.fx).median()))
+        return _given_scene(points, metadata, dataparser_outputs.cameras.fx.cpu(), cameras)
     if "points3D_image_ids" in metadata and "colmap_image_ids" in metadata:
         source, observations = "tracks", _observe_tracks(points, metadata, cameras)
     else:
@@ -126,74 +115,15 @@ def build_sfm_scene(dataparser_outputs: DataparserOutputs, cameras: Cameras) -> 
     if not keep.any():
         return _frusta_scene(cameras, f"no train photo sees any of the {len(points)} SfM points")
     near = _near_plane(observations.distances[keep[observations.distance_points]])
-    return SfMScene(points[keep], observations.footprints[keep], observations.num_photos[keep], near, source)
-
-
-def project(camera: Cameras, points: Float[Tensor, "n 3"]) -> Projection:
-    """Projects points into one photo, the inverse of nerfstudio's ray generation (distortion included).
-
-    Perspective, fisheye and equirectangular cameras; FISHEYE624 is taken as a fisheye without distortion, all others
-    as perspective.
-
-    Args:
-        camera: one camera, batch shape ``()``.
-        points: world positions, scene units.
-    """
-    pose = camera.camera_to_worlds
-    local = (points - pose[:, 3]) @ pose[:, :3]
-    distance = local.norm(dim=-1)
-    depth = -local[:, 2]
-    kind = int(camera.camera_type)
-    if kind == CameraType.EQUIRECTANGULAR.value:
-        polar = torch.acos((local[:, 1] / distance).clamp(-1, 1))
-        plane = torch.stack([torch.atan2(local[:, 0], depth), polar - torch.pi / 2], dim=-1) / torch.pi
-        front = distance > 0
-        depth = distance
-    elif kind in (CameraType.FISHEYE.value, CameraType.FISHEYE624.value):
-        radius = local[:, :2].norm(dim=-1)
-        scale = torch.where(radius > 0, torch.atan2(radius, depth) / radius.clamp(min=1e-12), 1.0)
-        plane = torch.stack([local[:, 0] * scale, -local[:, 1] * scale], dim=-1)
-        front = distance > 0
-        depth = distance
-    else:
-        front = depth > 0
-        plane = torch.stack([local[:, 0], -local[:, 1]], dim=-1) / torch.where(front, depth, 1.0)[:, None]
-    focal = torch.cat([camera.fx, camera.fy])
-    center = torch.cat([camera.cx, camera.cy])
-    size = torch.cat([camera.width, camera.height])
-    if kind != CameraType.EQUIRECTANGULAR.value and camera.distortion_params is not None:
-        corner = (torch.maximum(center, size - center) / focal).norm()
-        front = front & (
-            plane.norm(dim=-1) < 1.5 * corner
-        )  # the polynomial folds what is far outside back into the photo
-        if kind != CameraType.FISHEYE624.value:
-            plane = _distort(plane, camera.distortion_params)
-    pixels = plane * focal + center
-    return Projection(pixels, depth, distance, front & ((pixels >= 0) & (pixels < size)).all(dim=-1))
-
-
-def _distort(plane: Float[Tensor, "n 2"], params: Float[Tensor, "6"]) -> Float[Tensor, "n 2"]:
-    """OpenCV's radial and tangential distortion with nerfstudio's order of parameters: k1, k2, k3, k4, p1, p2."""
-    k1, k2, k3, k4, p1, p2 = params
-    x, y = plane.unbind(-1)
-    r2 = x * x + y * y
-    radial = 1 + r2 * (k1 + r2 * (k2 + r2 * (k3 + r2 * k4)))
-    return torch.stack(
-        [x * radial + 2 * p1 * x * y + p2 * (r2 + 2 * x * x), y * radial + 2 * p2 * x * y + p1 * (r2 + 2 * y * y)],
-        dim=-1,
-    )
+    points = points[keep]
+    nears = photo_near_planes(points, cameras, near)
+    return SfMScene(points, observations.footprints[keep], observations.num_photos[keep], near, nears, source)
 
 
 def _pixels_per_radian(cameras: Cameras) -> Float[Tensor, "c"]:
     """Focal length in pixels; for equirectangular cameras the pixels per radian."""
     focal = torch.sqrt(cameras.fx * cameras.fy)[:, 0]
     return torch.where(cameras.camera_type[:, 0] == CameraType.EQUIRECTANGULAR.value, focal / torch.pi, focal)
-
-
-def _single(cameras: Cameras) -> Iterator[Cameras]:
-    """The cameras one by one."""
-    for index in range(len(cameras)):
-        yield cameras[index]
 
 
 def _spread(cameras: Cameras, limit: int) -> Cameras:
@@ -207,15 +137,19 @@ def _near_plane(distances: Float[Tensor, "k"]) -> float:
     return 0.5 * float(torch.kthvalue(distances, rank).values)
 
 
-def _given_scene(points: Float[Tensor, "n 3"], metadata: dict[str, Any], downscale: float) -> SfMScene:
-    """The dataparser knows the footprints itself; ``downscale`` is photo resolution over trained resolution."""
+def _given_scene(
+    points: Float[Tensor, "n 3"], metadata: dict[str, Any], focal: Float[Tensor, "c 1"], cameras: Cameras
+) -> SfMScene:
+    """The dataparser knows the footprints itself, in pixels of its own photos with the focal length ``focal``."""
+    downscale = float((focal / cameras.fx).median())
     footprints = torch.as_tensor(metadata["points3D_track_footprint"], dtype=torch.float32) * downscale
     counts = torch.as_tensor(metadata["points3D_num_points2D"], dtype=torch.int64)
     keep = counts >= MIN_PHOTOS
     if not keep.any():
         keep = torch.ones_like(keep)
     near = 0.5 * float(metadata["points3D_depth_percentile"])
-    return SfMScene(points[keep], footprints[keep], counts[keep], near, "tracks")
+    points = points[keep]
+    return SfMScene(points, footprints[keep], counts[keep], near, photo_near_planes(points, cameras, near), "tracks")
 
 
 def _observe_tracks(points: Float[Tensor, "n 3"], metadata: dict[str, Any], cameras: Cameras) -> _Observations:
@@ -253,7 +187,7 @@ def _observe_visible(points: Float[Tensor, "n 3"], cameras: Cameras) -> _Observa
     counts = torch.zeros(len(points), dtype=torch.int64)
     stride = max(1, len(points) * len(cameras) // _MAX_KEPT_DISTANCES)
     distances, distance_points = [], []
-    for camera, focal in zip(_single(cameras), _pixels_per_radian(cameras)):
+    for camera, focal in zip(single_cameras(cameras), _pixels_per_radian(cameras)):
         projection = project(camera, points)
         index = projection.inside.nonzero()[:, 0]
         if len(index) == 0:
@@ -300,7 +234,7 @@ def _frusta_scene(cameras: Cameras, why: str) -> SfMScene:
     own_distance = (points - chosen.camera_to_worlds[own][:, :, 3]).norm(dim=-1)
     footprints = torch.full((len(points),), torch.inf)
     counts = torch.zeros(len(points), dtype=torch.int64)
-    for camera, focal in zip(_single(cameras), _pixels_per_radian(cameras)):
+    for camera, focal in zip(single_cameras(cameras), _pixels_per_radian(cameras)):
         projection = project(camera, points)
         size = point_footprint(projection.depth, projection.distance, focal).clamp(
             min=FINEST_FRUSTUM_DEPTH * reach / focal
@@ -310,7 +244,8 @@ def _frusta_scene(cameras: Cameras, why: str) -> SfMScene:
     keep = torch.isfinite(footprints) & (counts >= MIN_PHOTOS)
     if not keep.any():
         keep = torch.isfinite(footprints)
-    return SfMScene(points[keep], footprints[keep], counts[keep], _near_plane(own_distance), "frusta")
+    points, near = points[keep], _near_plane(own_distance)
+    return SfMScene(points, footprints[keep], counts[keep], near, photo_near_planes(points, cameras, near), "frusta")
 
 
 def _frustum_points(cameras: Cameras, depth: Tensor | float) -> Float[Tensor, "m 3"]:
@@ -347,7 +282,7 @@ def _shared_depth(cameras: Cameras) -> float:
     chosen = _spread(cameras, 16)
     for depth in depths.tolist():
         points = _frustum_points(chosen, depth)
-        seen = sum(project(camera, points).inside.long() for camera in _single(cameras))
+        seen = sum(project(camera, points).inside.long() for camera in single_cameras(cameras))
         if float(seen.double().median()) >= wanted:
             return depth
     return spread
