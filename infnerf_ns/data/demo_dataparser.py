@@ -37,12 +37,13 @@ class InfNeRFDemoDataParserConfig(DataParserConfig):
     """target class to instantiate"""
     data: Path = Path()
     """Not read: the town needs no data."""
-    size: int = 2
+    size: int = 1
     """Blocks per side of the town, 44 m each (1 to 64). Photos, points and detail grow with the square of it."""
     seed: int = 0
     """Another seed, another town. The same seed gives the same photos, bit for bit, on the same machine."""
     num_photos: int = 0
-    """How many photos the drone takes; 0: as many as cover the town at every altitude, about 25 per block."""
+    """How many photos the drone takes; 0: as many as cover the town at every altitude, 160 for one block,
+    about 100 for each block of a larger town."""
     image_width: int = 320
     """Width of the photos in pixels."""
     image_height: int = 240
@@ -67,7 +68,12 @@ class InfNeRFDemoDataParser(DataParser):
         config = self.config
         _check(config)
         options = DemoSceneOptions(
-            config.size, config.seed, config.num_photos, config.image_width, config.image_height, config.supersampling
+            size=config.size,
+            seed=config.seed,
+            num_photos=config.num_photos,
+            width=config.image_width,
+            height=config.image_height,
+            supersampling=config.supersampling,
         )
         cache_dir = config.cache_dir or Path(appdirs.user_cache_dir("infnerf_ns")) / "demo"
         scene = load_or_generate(options, Path(cache_dir))

@@ -24,10 +24,16 @@ from nerfstudio.utils.rich_utils import CONSOLE
 from PIL import Image
 from rich.progress import track
 
-from infnerf_ns.data.demo_scene import points as surface_points
 from infnerf_ns.data.demo_scene.flight import natural_count, plan_flight
 from infnerf_ns.data.demo_scene.photographer import Lens, Photographer
-from infnerf_ns.data.demo_scene.points import SurfacePoints
+from infnerf_ns.data.demo_scene.points import (
+    MAX_POINTS,
+    POINTS_PER_PHOTO,
+    CulledPoints,
+    SurfacePoints,
+    distinct,
+    pick_points,
+)
 from infnerf_ns.data.demo_scene.raycaster import make_raycaster
 from infnerf_ns.data.demo_scene.town import BLOCK, build_town
 from infnerf_ns.errors import InputError
@@ -41,7 +47,7 @@ _FOCAL_PER_WIDTH = 0.5 / np.tan(np.radians(30))
 class DemoSceneOptions:
     """What a scene depends on."""
 
-    size: int = 2
+    size: int
     seed: int = 0
     num_photos: int = 0
     width: int = 320
@@ -135,14 +141,14 @@ def _generate(options: DemoSceneOptions, folder: Path) -> None:
     rays = make_raycaster(town.mesh.corners)
     poses, look_distance = plan_flight(town, rays, options.num_photos, options.seed)
     photographer = Photographer(town, rays, options.lens, options.supersampling)
-    per_photo = min(surface_points.POINTS_PER_PHOTO, max(surface_points.MAX_POINTS // options.num_photos, 40))
+    per_photo = min(POINTS_PER_PHOTO, max(MAX_POINTS // options.num_photos, 40))
 
     def take(i: int):
         photo = photographer.photo(poses[i])
         path = folder / f"{i:05d}.png"
         Image.fromarray(photo).save(path)
         rng = np.random.default_rng([options.seed, i, 2])
-        picked = surface_points.pick_points(rays, options.lens, poses[i], photo, per_photo, rng)
+        picked = pick_points(rays, options.lens, poses[i], photo, per_photo, rng)
         return {"name": path.name, **_fingerprint(path)}, picked
 
     everything = range(options.num_photos)
@@ -152,9 +158,9 @@ def _generate(options: DemoSceneOptions, folder: Path) -> None:
         photos = [entry for entry, _ in taken]
         xyz, rgb, pixel = (np.concatenate([picked[k] for _, picked in taken]) for k in range(3))
         source = np.repeat(np.arange(len(taken), dtype=np.int32), [len(picked[0]) for _, picked in taken])
-        keep = surface_points.distinct(xyz, pixel)
+        keep = distinct(xyz, pixel)
         xyz, rgb, source = xyz[keep], rgb[keep], source[keep]
-        culled = surface_points.CulledPoints(xyz, BLOCK)
+        culled = CulledPoints(xyz, BLOCK)
         seen = list(pool.map(lambda i: culled.seen_from(rays, options.lens, poses[i]), everything))
     np.savez(
         folder / "scene.npz",

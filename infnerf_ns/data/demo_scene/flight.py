@@ -12,12 +12,15 @@ from collections.abc import Iterator
 import numpy as np
 from jaxtyping import Float32
 
-from infnerf_ns.data.demo_scene.raycaster import EmbreexRays, Open3DRays
+from infnerf_ns.data.demo_scene.raycaster import RayCaster
 from infnerf_ns.data.demo_scene.town import BLOCK, Town, block_centres
 
 Shot = tuple[np.ndarray, np.ndarray]
 """Where the camera is and what it looks at, metres."""
 
+PASSES = 4
+"""Flights that a town needs. One shows most places to two or three photos of an altitude, too few to tell where a
+surface is: a minute of training ends 5 dB lower on held-out photos than with four flights."""
 CLEARANCE = 0.9
 """No surface is closer to a camera, metres."""
 _RING_PHOTOS = 8
@@ -25,20 +28,24 @@ _CLOSEUP_PHOTOS = 10
 
 
 def natural_count(size: int) -> int:
-    """How many photos one flight over a town of that size takes."""
+    """How many photos cover a town of that size: ``PASSES`` flights over it."""
+    return PASSES * _per_flight(size)
+
+
+def _per_flight(size: int) -> int:
     blocks = size * size
     aerial = sum(4 * n * n for n in _grids(size))
     return _RING_PHOTOS + aerial + (6 + 4) * blocks + 4 * size * (size + 1) + _CLOSEUP_PHOTOS * _clusters(size)
 
 
 def plan_flight(
-    town: Town, rays: EmbreexRays | Open3DRays, count: int, seed: int
+    town: Town, rays: RayCaster, count: int, seed: int
 ) -> tuple[Float32[np.ndarray, "p 3 4"], Float32[np.ndarray, "p"]]:
     """Poses of ``count`` photos (camera to world, OpenGL axes, metres) and how far each is from what it looks at.
 
     A camera that would be inside or right in front of something is moved until it is free.
     """
-    passes = -(-count // natural_count(town.size))
+    passes = -(-count // _per_flight(town.size))
     stages = [[shot for k in range(passes) for shot in stage(town, k)] for stage in _STAGES]
     quotas = _shares([len(s) for s in stages], count)
     rng = np.random.default_rng([seed, town.size, 1])
@@ -188,7 +195,7 @@ def _sphere_directions() -> Float32[np.ndarray, "96 3"]:
 _SPHERE = _sphere_directions()
 
 
-def is_free(town: Town, rays: EmbreexRays | Open3DRays, place: Float32[np.ndarray, "3"]) -> bool:
+def is_free(town: Town, rays: RayCaster, place: Float32[np.ndarray, "3"]) -> bool:
     """Is the place outside of everything, with nothing within ``CLEARANCE``?"""
     triangle, distance = rays.cast(np.broadcast_to(place.astype(np.float32), _SPHERE.shape), _SPHERE)
     hit = triangle >= 0
@@ -200,13 +207,13 @@ def is_free(town: Town, rays: EmbreexRays | Open3DRays, place: Float32[np.ndarra
     return (behind & ~leaves).mean() < 0.25
 
 
-def _sees(rays: EmbreexRays | Open3DRays, place: np.ndarray, target: np.ndarray) -> bool:
+def _sees(rays: RayCaster, place: np.ndarray, target: np.ndarray) -> bool:
     """Is at least half of the way to the target free?"""
     _, share = rays.cast(place[None].astype(np.float32), (target - place)[None].astype(np.float32))
     return bool(share[0] > 0.5)
 
 
-def _free(town: Town, rays: EmbreexRays | Open3DRays, place: np.ndarray, target: np.ndarray) -> Shot:
+def _free(town: Town, rays: RayCaster, place: np.ndarray, target: np.ndarray) -> Shot:
     """The nearest of a few places beside and above the wished one from which the target can be seen."""
     side = np.cross(place - target, [0, 0, 1.0])
     side /= max(np.linalg.norm(side), 1e-9)

@@ -80,18 +80,16 @@ def _add_walls(builder: MeshBuilder, houses: Houses, material: Material, gabled:
     for outward, half, width, is_front, ridge_ends in _sides(houses):
         u = np.cross(UP, outward)
         origin = houses.centre + outward * half - u * width / 2
-        a, b = origin, origin + u * width
-        c, d = b + UP * top, a + UP * top
-        corners = np.stack([np.stack([a, b, c], 1), np.stack([a, c, d], 1)], 1)
         extent = np.concatenate([width, height], -1)
+        look = (houses.wall_colour, houses.accent, houses.seed)
         flags = WINDOWS | (DOOR if is_front else 0)
-        look = (extent, houses.wall_colour, houses.accent, houses.seed)
-        builder.add(corners, material, origin, u, UP, *look, flags)
+        builder.add_rectangles(material, origin, u * width, UP * top, *look, flags, extent)
         if gabled:
+            c, d = origin + u * width + UP * top, origin + UP * top
             peak = (c + d) / 2 + UP * (width / 2 * houses.slope[:, None])
             gable = np.stack([d, c, peak], 1)[:, None]
             builder.add(gable[ridge_ends], material, *(x[ridge_ends] for x in (origin, u)), UP,
-                        *(x[ridge_ends] for x in look))  # fmt: skip
+                        *(x[ridge_ends] for x in (extent, *look)))  # fmt: skip
 
 
 def _add_gabled_roofs(builder: MeshBuilder, houses: Houses) -> None:

@@ -85,7 +85,7 @@ class MeshBuilder:
         seed: UInt32[np.ndarray, "n"],
         flags: int = 0,
     ) -> None:
-        """n surfaces of k triangles each. ``colour``, ``accent`` and ``u_axis`` may be single vectors for all."""
+        """n surfaces of k triangles each. All but ``corners`` and ``origin`` may be given once for all."""
         count, per_surface = corners.shape[:2]
         u_axis = np.broadcast_to(np.asarray(u_axis, np.float32), (count, 3))
         v_axis = np.broadcast_to(np.asarray(v_axis, np.float32), (count, 3))
@@ -117,14 +117,17 @@ class MeshBuilder:
         accent: Float32[np.ndarray, "n 3"],
         seed: UInt32[np.ndarray, "n"],
         flags: int = 0,
+        extent: Float32[np.ndarray, "n 2"] | None = None,
     ) -> None:
-        """n rectangles: a corner each and the two edges that leave it, whose cross product points outwards."""
+        """n rectangles: a corner each and the two edges that leave it, whose cross product points outwards. The texture
+        is laid out over the ``extent``, by default the whole rectangle."""
         origin, u_edge, v_edge = (np.asarray(x, np.float32) for x in (origin, u_edge, v_edge))
         b, c, d = origin + u_edge, origin + u_edge + v_edge, origin + v_edge
         corners = np.stack([np.stack([origin, b, c], 1), np.stack([origin, c, d], 1)], 1)
         width = np.linalg.norm(u_edge, axis=-1, keepdims=True)
         height = np.linalg.norm(v_edge, axis=-1, keepdims=True)
-        extent = np.concatenate([width, height], -1)
+        if extent is None:
+            extent = np.concatenate([width, height], -1)
         self.add(corners, material, origin, u_edge / width, v_edge / height, extent, colour, accent, seed, flags)
 
     def add_boxes(

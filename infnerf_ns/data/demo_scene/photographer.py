@@ -14,7 +14,7 @@ import numpy as np
 from jaxtyping import Float32, UInt8
 
 from infnerf_ns.data.demo_scene.materials import reflectance
-from infnerf_ns.data.demo_scene.raycaster import EmbreexRays, Open3DRays
+from infnerf_ns.data.demo_scene.raycaster import RayCaster
 from infnerf_ns.data.demo_scene.town import Town
 
 _SUN_DIRECTION = np.float32([0.48, -0.56, 0.675])
@@ -46,7 +46,7 @@ class Lens:
 class Photographer:
     """Renders one town through one lens."""
 
-    def __init__(self, town: Town, rays: EmbreexRays | Open3DRays, lens: Lens, supersampling: int) -> None:
+    def __init__(self, town: Town, rays: RayCaster, lens: Lens, supersampling: int) -> None:
         self.town, self.rays, self.lens, self.supersampling = town, rays, lens, supersampling
 
     def photo(self, camera_to_world: Float32[np.ndarray, "3 4"]) -> UInt8[np.ndarray, "h w 3"]:

@@ -11,7 +11,7 @@ import numpy as np
 from jaxtyping import Bool, Float32, Int32, UInt8
 
 from infnerf_ns.data.demo_scene.photographer import Lens
-from infnerf_ns.data.demo_scene.raycaster import EmbreexRays, Open3DRays
+from infnerf_ns.data.demo_scene.raycaster import RayCaster
 
 MAX_POINTS = 400_000
 POINTS_PER_PHOTO = 400
@@ -31,7 +31,7 @@ class SurfacePoints:
 
 
 def pick_points(
-    rays: EmbreexRays | Open3DRays,
+    rays: RayCaster,
     lens: Lens,
     pose: Float32[np.ndarray, "3 4"],
     photo: UInt8[np.ndarray, "h w 3"],
@@ -65,7 +65,7 @@ def camera_coordinates(xyz: Float32[np.ndarray, "n 3"], pose: Float32[np.ndarray
 
 
 def visible(
-    rays: EmbreexRays | Open3DRays,
+    rays: RayCaster,
     lens: Lens,
     pose: Float32[np.ndarray, "3 4"],
     xyz: Float32[np.ndarray, "n 3"],
@@ -86,23 +86,20 @@ def visible(
 
 
 class CulledPoints:
-    """Points sorted into cubes, so that a photo only looks at those cubes that may be inside it."""
+    """Points sorted into columns of the ground plan, so that a photo only looks at those columns that may be inside
+    it."""
 
     def __init__(self, xyz: Float32[np.ndarray, "n 3"], side: float) -> None:
         cube = np.floor(xyz[:, :2] / side).astype(np.int64)
         _, which = np.unique(cube, axis=0, return_inverse=True)
         which = which.reshape(-1)
-        self._order = np.argsort(which, kind="stable")
-        self._ends = np.cumsum(np.bincount(which))
         self._xyz = xyz
-        groups = np.split(self._order, self._ends[:-1])
+        groups = np.split(np.argsort(which, kind="stable"), np.cumsum(np.bincount(which))[:-1])
         self._groups = groups
         self._centre = np.stack([(xyz[g].min(0) + xyz[g].max(0)) / 2 for g in groups])
         self._radius = np.array([np.linalg.norm(xyz[g] - c, axis=-1).max() for g, c in zip(groups, self._centre)])
 
-    def seen_from(
-        self, rays: EmbreexRays | Open3DRays, lens: Lens, pose: Float32[np.ndarray, "3 4"]
-    ) -> Int32[np.ndarray, "k"]:
+    def seen_from(self, rays: RayCaster, lens: Lens, pose: Float32[np.ndarray, "3 4"]) -> Int32[np.ndarray, "k"]:
         """Indices of the points that the photo sees, ascending."""
         local = camera_coordinates(self._centre, pose)
         near = -local[:, 2] > -self._radius

@@ -6,6 +6,8 @@ asked first because it needs no system library; importing Open3D needs libusb.
 
 from __future__ import annotations
 
+from typing import TypeAlias
+
 import numpy as np
 from jaxtyping import Bool, Float32, Int32
 
@@ -25,9 +27,9 @@ class EmbreexRays:
     def cast(
         self, origins: Float32[np.ndarray, "n 3"], directions: Float32[np.ndarray, "n 3"]
     ) -> tuple[Int32[np.ndarray, "n"], Float32[np.ndarray, "n"]]:
-        """First triangle on each ray (-1: none) and how far along it, in units of the direction's length."""
+        """First triangle on each ray (none: -1) and how far along it (none: inf), in units of the direction."""
         hits = self._scene.run(_contiguous(origins), _contiguous(directions), output=True)
-        return hits["primID"], hits["tfar"]
+        return hits["primID"], np.where(hits["primID"] < 0, np.float32(np.inf), hits["tfar"])
 
     def blocked(
         self,
@@ -76,7 +78,11 @@ class Open3DRays:
         return self._tensor(np.concatenate([origins, directions], -1).astype(np.float32))
 
 
-def make_raycaster(triangles: Float32[np.ndarray, "t 3 3"]) -> EmbreexRays | Open3DRays:
+RayCaster: TypeAlias = EmbreexRays | Open3DRays
+"""Either of the two; they have the same methods."""
+
+
+def make_raycaster(triangles: Float32[np.ndarray, "t 3 3"]) -> RayCaster:
     """The ray caster that is installed. Raises :class:`InputError` if none can be imported."""
     reasons = []
     for engine in (EmbreexRays, Open3DRays):
