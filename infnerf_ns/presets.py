@@ -44,9 +44,11 @@ def load_preset(
 
 
 def preset_from_file(path: Path, device: Optional[Literal["cpu", "cuda"]] = None) -> InfNeRFTrainerConfig:
-    """As `load_preset`; the method is named after the file."""
+    """As `load_preset`; the method is named after a packaged file. A file of one's own keeps the name `infnerf`, by
+    which ns-eval and the like find the method of a run."""
     config = base_config(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    config.method_name = path.stem
+    if path.parent == presets_folder():
+        config.method_name = path.stem
     apply_preset(config, path)
     return config
 

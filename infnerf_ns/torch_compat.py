@@ -13,11 +13,8 @@ import torch
 
 def allow_numpy_scalars() -> None:
     """Register NumPy's scalar constructor and the float and integer dtypes as safe to unpickle. Idempotent."""
-    add_safe_globals = getattr(torch.serialization, "add_safe_globals", None)
-    if add_safe_globals is None:  # torch < 2.4 has no weights_only allow-list and does not need one
-        return
     dtypes = [type(np.dtype(name)) for name in ("float64", "float32", "int64", "int32", "bool")]
-    add_safe_globals([np.dtype, *dtypes, *_scalar_constructors()])
+    torch.serialization.add_safe_globals([np.dtype, *dtypes, *_scalar_constructors()])
 
 
 def _scalar_constructors() -> list:

@@ -1,5 +1,6 @@
 """Checkpoint files: atomic writing, a full disk, detection of damage, what --load-dir may name."""
 
+import os
 import random
 import re
 import zipfile
@@ -166,3 +167,21 @@ def test_checkpoints_with_numpy_scalars_load(tmp_path, module):
         for name in here.namelist():
             there.writestr(name, re.sub(rb"numpy\._?core\.multiarray", module, here.read(name)))
     assert torch.load(tmp_path / "there.pt", weights_only=True) == {"lr": 0.5, "n": 3}
+
+
+def test_a_new_run_in_an_old_runs_folder_keeps_what_it_writes(tmp_path):
+    """Regression: the highest steps were kept, so that a file of the new run was deleted as soon as it was written."""
+    write(tmp_path, 6000, 7999)
+    for step, kept in ((2000, [2000]), (4000, [4000, 2000]), (6000, [6000, 4000])):
+        path = checkpoints.checkpoint_path(tmp_path, step)
+        assert checkpoints.write_checkpoint(state_of(step), path, 2) is None
+        assert steps_in(tmp_path) == kept
+
+
+def test_a_folder_that_cannot_be_synced_is_no_failure(tmp_path, monkeypatch):
+    def refuse(path, flags):
+        raise PermissionError(13, "folders cannot be opened here")
+
+    monkeypatch.setattr(os, "open", refuse)
+    assert checkpoints.write_checkpoint(state_of(3), checkpoints.checkpoint_path(tmp_path, 3), 2) is None
+    assert steps_in(tmp_path) == [3]

@@ -182,7 +182,7 @@ def test_the_device_section_comes_on_top_of_the_common_one(tmp_path):
     path.write_text("common: {max_num_iterations: 10, steps_per_save: 4}\ncuda: {max_num_iterations: 20}\n")
     assert presets.load_preset(path, "cpu").max_num_iterations == 10
     config = presets.load_preset(path, "cuda")
-    assert (config.max_num_iterations, config.steps_per_save, config.method_name) == (20, 4, "mine")
+    assert (config.max_num_iterations, config.steps_per_save, config.method_name) == (20, 4, "infnerf")
 
 
 @pytest.mark.parametrize(

@@ -79,6 +79,7 @@ class TinyPipeline(nn.Module):
         if step == self.config.signal_in_evaluation:
             os.kill(os.getpid(), signal.SIGTERM)
         self.evaluated.append(step)
+        torch.randn(3)  # as the draw of a batch of held-out pixels
         return None, {"loss": torch.zeros(1)}, {}
 
     def load_pipeline(self, loaded_state, step):
@@ -289,6 +290,76 @@ def test_five_nan_losses_in_a_row_restore_the_last_checkpoint_with_half_the_lear
         assert rate == pytest.approx(expected / 2)
     resumed, _ = run(tiny_config(tmp_path / "b", load_dir=trainer.base_dir, max_num_iterations=STEPS + 1))
     assert resumed._lr_scale == 0.5
+
+
+def test_a_last_step_with_a_nan_loss_does_not_cost_the_steps_before(tmp_path):
+    trainer, code = run(tiny_config(tmp_path, {"nan_from": STEPS - 1, "nan_steps": 1}))
+    assert code == 0 and steps_saved(trainer)[0] == STEPS - 1
+
+
+@pytest.mark.parametrize("poisoned_at", [7, STEPS - 1])
+def test_a_nan_in_a_parameter_is_found_at_the_next_checkpoint(tmp_path, poisoned_at, capsys):
+    """Some parameters reach no loss while they are NaN (nerfstudio's weights end in nan_to_num)."""
+    trainer = tiny_config(tmp_path, max_num_iterations=STEPS).setup()
+    trainer.setup()
+    train = trainer.pipeline.get_train_loss_dict
+
+    def poison(step):
+        if step == poisoned_at:
+            trainer.pipeline.model["grids_0"].data[0, 0] = float("nan")
+        _, losses, metrics = train(step)
+        return None, {"loss": losses["loss"].nan_to_num()}, metrics
+
+    trainer.pipeline.get_train_loss_dict = poison
+    trainer.train()
+    assert all(torch.isfinite(parameter).all() for parameter in trainer.pipeline.model.values())
+    output = capsys.readouterr()
+    assert "some parameter is not finite" in output.err and "restored" in output.err
+    if poisoned_at == STEPS - 1:
+        assert steps_saved(trainer) == [10, 5] and "the checkpoint is of step 10" in output.out
+
+
+def test_how_often_a_run_is_evaluated_does_not_change_what_it_learns(tmp_path):
+    often, _ = run(tiny_config(tmp_path / "often", steps_per_eval_batch=2))
+    never, _ = run(tiny_config(tmp_path / "never", steps_per_eval_batch=0))
+    assert often.pipeline.evaluated and not never.pipeline.evaluated
+    assert often.pipeline.losses == never.pipeline.losses
+
+
+def test_learning_rate_flags_hold_for_a_resumed_run_too(tmp_path):
+    stopped, _ = run(tiny_config(tmp_path / "a", {"signal_in_training": 6}))
+    config = tiny_config(tmp_path / "b", load_dir=stopped.base_dir)
+    config.optimizers = {
+        kind: {**group, "optimizer": AdamOptimizerConfig(lr=1e-3)} for kind, group in config.optimizers.items()
+    }
+    resumed = config.setup()
+    resumed.setup()
+    for name, optimizer in resumed.optimizers.optimizers.items():
+        scheduler = resumed.optimizers.schedulers[name]
+        assert scheduler.last_epoch == 7
+        assert optimizer.param_groups[0]["lr"] == pytest.approx(1e-3 * scheduler.lr_lambdas[0](7))
+
+
+def test_gradients_are_accumulated_by_kind_or_by_group(tmp_path):
+    trainer = tiny_config(tmp_path, gradient_accumulation_steps={"grids": 4, "grids_1": 2}).setup()
+    trainer.setup()
+    before = {name: parameter.detach().clone() for name, parameter in trainer.pipeline.model.items()}
+    moved = []
+    for step in range(4):
+        trainer.train_iteration(step)
+        moved.append(
+            {name for name, parameter in trainer.pipeline.model.items() if not torch.equal(parameter, before[name])}
+        )
+    assert moved == [{"decoders_0"}, {"decoders_0", "grids_1"}, {"decoders_0", "grids_1"}, set(before)]
+    with pytest.raises(
+        InputError, match="--gradient-accumulation-steps nonsense: there is no such group; there are grids"
+    ):
+        tiny_config(tmp_path, gradient_accumulation_steps={"nonsense": 2}).setup()
+
+
+def test_several_devices_are_refused(tmp_path):
+    with pytest.raises(InputError, match="--machine.num-devices"):
+        tiny_config(tmp_path, machine=MachineConfig(device_type="cpu", num_devices=2)).setup()
 
 
 def test_nan_before_the_first_checkpoint_ends_with_the_remedy(tmp_path):

@@ -77,7 +77,8 @@ def write_checkpoint(state: dict[str, Any], path: Path, keep: Optional[int]) -> 
     Args:
         state: what `torch.save` gets.
         path: final file; its folder is made if missing.
-        keep: how many of the newest checkpoints stay, None for all.
+        keep: how many checkpoints stay, None for all: this one and the newest of earlier steps. Files of later steps
+            are of another run in the same folder and go, too.
 
     Returns:
         None, or why it failed (disk full, no permission); the older checkpoints are then untouched.
@@ -99,7 +100,7 @@ def write_checkpoint(state: dict[str, Any], path: Path, keep: Optional[int]) -> 
     finally:
         temporary.unlink(missing_ok=True)
     if keep is not None:
-        _delete_all_but(folder, keep)
+        _delete_all_but(folder, path.name, keep)
     return None
 
 
@@ -201,18 +202,26 @@ def restore_random_state(state: Mapping[str, Any]) -> None:
 
 
 def _sync_folder(folder: Path) -> None:
-    """Make a rename survive a power failure."""
-    descriptor = os.open(folder, os.O_RDONLY)
+    """Make a rename survive a power failure, where the file system can."""
+    try:
+        descriptor = os.open(folder, os.O_RDONLY)
+    except OSError:  # Windows opens no folders
+        return
     try:
         os.fsync(descriptor)
+    except OSError:  # nor do some network file systems sync them; the file itself is complete
+        pass
     finally:
         os.close(descriptor)
 
 
-def _delete_all_but(folder: Path, keep: int) -> None:
-    """Delete all but the newest ``keep`` whole checkpoints, and every damaged one."""
-    kept = [path for path in list_checkpoints(folder) if is_whole(path)][:keep]
-    for path in list_checkpoints(folder):
+def _delete_all_but(folder: Path, newest: str, keep: int) -> None:
+    """Delete all but ``keep`` whole checkpoints, the one named ``newest`` and those before it, and every damaged
+    one."""
+    files = list_checkpoints(folder)
+    start = [path.name for path in files].index(newest)
+    kept = [files[start], *[path for path in files[start + 1 :] if is_whole(path)][: keep - 1]]
+    for path in files:
         if path not in kept:
             try:
                 path.unlink()

@@ -10,8 +10,8 @@ from torch import Tensor
 from infnerf_ns.validation import Range
 
 LARGEST_CHECKED_GRADIENT = 1 << 20
-"""Gradients with more elements are not looked at: those are the banks of hash grids, and a step touches few of their
-rows. A NaN there shows in the loss of the next step that reads the row."""
+"""Gradients with more elements are not looked at: those are large banks, of which a step touches few rows. A NaN that
+reaches one is found when the next checkpoint is due, which reads every parameter."""
 
 
 @dataclass

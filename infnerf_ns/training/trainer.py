@@ -18,6 +18,7 @@ from nerfstudio.engine.schedulers import ExponentialDecaySchedulerConfig
 from nerfstudio.engine.trainer import TRAIN_INTERATION_OUTPUT, Trainer, TrainerConfig
 from nerfstudio.utils import profiler, writer
 from nerfstudio.utils.decorators import check_main_thread
+from nerfstudio.utils.misc import step_check
 
 from infnerf_ns.errors import InputError
 from infnerf_ns.training import checkpoints
@@ -75,19 +76,35 @@ class InfNeRFTrainerConfig(TrainerConfig):
             if getattr(self, name) < 0:
                 problems.append(f"--{name.replace('_', '-')} {getattr(self, name)}: allowed is at least 0 (0: never)")
         for name, steps in self.gradient_accumulation_steps.items():
+            match = _LEVEL_GROUP.fullmatch(name)
+            if name not in self.optimizers and (match is None or match["kind"] not in self.optimizers):
+                problems.append(
+                    f"--gradient-accumulation-steps {name}: there is no such group; there are"
+                    f" {', '.join(self.optimizers)}, each also for one octree level, as in grids_2"
+                )
             if steps < 1:
                 problems.append(f"--gradient-accumulation-steps {name} {steps}: allowed is at least 1")
         for kind, group in self.optimizers.items():
             problems += _optimizer_problems(kind, group)
+        if self.machine.num_devices * self.machine.num_machines > 1:
+            problems.append("--machine.num-devices, --machine.num-machines: training on several devices is not built")
         return problems
 
     def advise(self) -> list[str]:
         """Legal values that are rarely wanted."""
-        return [
+        advice = [
             f"--optimizers.{kind}.optimizer.lr {group['optimizer'].lr} is unusually large (above 0.1)"
             for kind, group in self.optimizers.items()
             if group["optimizer"].lr > 0.1
         ]
+        octree = getattr(getattr(self.pipeline, "model", None), "octree", None)
+        if octree is not None and octree.level_start_steps * octree.max_level >= self.max_num_iterations:
+            last = (self.max_num_iterations - 1) // octree.level_start_steps
+            advice.append(
+                f"--max-num-iterations {self.max_num_iterations}: octree levels above {last} never start; lower"
+                " --pipeline.model.octree.level-start-steps or --pipeline.model.octree.max-level"
+            )
+        return advice
 
 
 class _EvaluationStopped(Exception):
@@ -129,6 +146,10 @@ class InfNeRFTrainer(Trainer):
     def setup_optimizers(self) -> Optimizers:
         """One optimizer per parameter group; the configuration names kinds, the model's groups are kinds per level."""
         groups = self.pipeline.get_param_groups()
+        for name in groups:
+            match = _LEVEL_GROUP.fullmatch(name)
+            if match is not None and match["kind"] in self.gradient_accumulation_steps:
+                self.gradient_accumulation_steps.setdefault(name, self.gradient_accumulation_steps[match["kind"]])
         return Optimizers(expand_optimizers(self.config, groups), groups)
 
     def train(self) -> None:
@@ -187,14 +208,21 @@ class InfNeRFTrainer(Trainer):
 
     def eval_iteration(self, step: int) -> None:
         """Periodic evaluation; a stop request ends it early."""
-        if self._signals.received is not None:
+        due = (
+            self.config.steps_per_eval_batch,
+            self.config.steps_per_eval_image,
+            self.config.steps_per_eval_all_images,
+        )
+        if self._signals.received is not None or not any(step_check(step, every) for every in due):
             return
+        random_state = checkpoints.random_state()  # how often a run is evaluated must not change what it learns
         try:
             try:
                 self._phase = "evaluating"
                 super().eval_iteration(step)
             finally:
                 self._phase = "training"
+                checkpoints.restore_random_state(random_state)
         except _EvaluationStopped:
             pass
 
@@ -202,14 +230,14 @@ class InfNeRFTrainer(Trainer):
     def save_checkpoint(self, step: int) -> None:
         """Write the checkpoint of a step atomically; on failure warn and leave the older ones as they are.
 
-        Nothing is written while the last steps were skipped or if a parameter is not finite: the checkpoint before is
-        then the one to go back to.
+        If a parameter is not finite, nothing is written and the run goes back to the checkpoint before.
         """
         if step == self._saved_step:
             return
-        parameters = self._all_parameters()
-        if self._guard.in_a_row > 0 or not values_finite(parameters):
-            warn(f"step {step}: no checkpoint written, as the last loss or some parameter is not finite")
+        if not values_finite(self._all_parameters()):
+            warn(f"step {step}: no checkpoint written, as some parameter is not finite")
+            self._guard.restores += 1
+            self._restore_last_good(step)
             return
         state = {
             "step": step,
@@ -275,14 +303,22 @@ class InfNeRFTrainer(Trainer):
             self.optimizers.load_schedulers(
                 {name: schedulers[name] for name in self.optimizers.schedulers if name in schedulers}
             )
-        self.grad_scaler.load_state_dict(state.get("scalers", {}))
+            self._apply_configured_rates(state.get("infnerf", {}).get("lr_scale", 1.0))
+        if state.get("scalers"):  # empty where the run before had no mixed precision
+            self.grad_scaler.load_state_dict(state["scalers"])
+
+    def _apply_configured_rates(self, scale: float) -> None:
+        """Learning rates follow the flags of this run, at the point of the schedule where the checkpoint stands."""
+        for name, scheduler in self.optimizers.schedulers.items():
+            base = self.optimizers.config[name]["optimizer"].lr * scale
+            scheduler.base_lrs = [base] * len(scheduler.base_lrs)
+            for group, share in zip(self.optimizers.optimizers[name].param_groups, scheduler.lr_lambdas):
+                group["initial_lr"], group["lr"] = base, base * share(scheduler.last_epoch)
 
     def _restore_last_good(self, step: int) -> None:
         """Go back to the last checkpoint with lower learning rates; the step counter and the schedules go on."""
         config = self.config.stability
-        found = checkpoints.whole_checkpoints(self.checkpoint_dir) or (
-            [self._resumed_from] if self._resumed_from else []
-        )
+        found = self._own_checkpoints() or ([self._resumed_from] if self._resumed_from else [])
         remedy = "lower --optimizers.grids.optimizer.lr and --optimizers.decoders.optimizer.lr"
         if not found or self._guard.restores > config.max_restores:
             why = "after several restores" if found else "before the first checkpoint"
@@ -307,6 +343,13 @@ class InfNeRFTrainer(Trainer):
         self._lr_scale = wanted_scale
         warn(f"step {step}: restored {found[0]}, learning rates are now {wanted_scale:g} of the configured ones")
 
+    def _own_checkpoints(self) -> list[Path]:
+        """Whole checkpoints that this process has written, newest first; the folder may hold those of another run."""
+        if self._saved_step is None:
+            return []
+        whole = checkpoints.whole_checkpoints(self.checkpoint_dir)
+        return [path for path in whole if cast(int, checkpoints.checkpoint_step(path)) <= self._saved_step]
+
     def _after_train(self) -> None:
         """Save; after a stop request exit, else print where the result is and how to look at it."""
         if self._completed_step is not None:
@@ -319,7 +362,7 @@ class InfNeRFTrainer(Trainer):
             super()._after_train()
         finally:
             viewer.quit_on_train_completion = quit_at_end
-        if not checkpoints.list_checkpoints(self.checkpoint_dir):
+        if self._saved_step is None:
             raise InputError(
                 f"training ended but no checkpoint could be written to {self.checkpoint_dir}, see the warnings above"
             )
@@ -333,7 +376,7 @@ class InfNeRFTrainer(Trainer):
         if self._completed_step is not None:
             self.save_checkpoint(self._completed_step)
             writer.write_out_storage()
-        files = checkpoints.list_checkpoints(self.checkpoint_dir)
+        files = self._own_checkpoints()
         if files:
             run = shlex.quote(str(self.base_dir))
             print(
@@ -360,7 +403,8 @@ class InfNeRFTrainer(Trainer):
     @check_main_thread
     def _print_result(self) -> None:
         config = shlex.quote(str(self.base_dir / "config.yml"))
-        print(f"infnerf: trained {self.step + 1} steps; the result is in {self.base_dir}")
+        kept = "" if self._saved_step == self.step else f" (the checkpoint is of step {self._saved_step})"
+        print(f"infnerf: trained {self.step + 1} steps{kept}; the result is in {self.base_dir}")
         print("infnerf: look at it, measure it, render it with")
         print(f"  ns-viewer --load-config {config}")
         print(f"  ns-eval --load-config {config} --output-path {shlex.quote(str(self.base_dir / 'eval.json'))}")
