@@ -24,22 +24,20 @@ def _lpips() -> Any | None:
     silently)."""
     from torch.hub import get_dir
     from torchmetrics.image.lpip import LearnedPerceptualImagePatchSimilarity
+    from torchvision.models import AlexNet_Weights
 
-    if not any(name.startswith("alexnet") for name in _listdir(os.path.join(get_dir(), "checkpoints"))):
+    name = os.path.basename(AlexNet_Weights.IMAGENET1K_V1.url)
+    if not os.path.isfile(os.path.join(get_dir(), "checkpoints", name)):
         CONSOLE.print("LPIPS is left out: the AlexNet weights of torchvision are not in torch's hub folder")
         return None
     return LearnedPerceptualImagePatchSimilarity(net_type="alex", normalize=True)
-
-
-def _listdir(folder: str) -> list[str]:
-    return os.listdir(folder) if os.path.isdir(folder) else []
 
 
 @torch.no_grad()
 def image_metrics(
     predicted: Float[Tensor, "H W 3"], target: Float[Tensor, "H W 3"], mask: Bool[Tensor, "H W 1"] | None = None
 ) -> dict[str, float]:
-    """Metrics of one image; masked pixels do not count.
+    """Metrics of one image; masked pixels do not count, and an image without others has no metrics.
 
     SSIM (and LPIPS) need images of at least 11 (64) pixels per side and are left out below that. With a mask, SSIM and
     LPIPS are taken
@@ -49,6 +47,8 @@ def image_metrics(
     metrics = {}
     if mask is not None:
         valid = mask[..., 0].bool().to(predicted.device)
+        if not valid.any():
+            return {}
         metrics["psnr"] = psnr(predicted[valid], target[valid])
         predicted = torch.where(valid[..., None], predicted, target)
     else:

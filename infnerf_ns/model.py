@@ -7,7 +7,6 @@ import math
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
-import psutil
 import torch
 from jaxtyping import Float
 from nerfstudio.cameras.camera_optimizers import CameraOptimizer, CameraOptimizerConfig
@@ -27,7 +26,6 @@ from nerfstudio.models.base_model import Model, ModelConfig
 from nerfstudio.utils import colormaps
 from nerfstudio.utils.math import components_from_spherical_harmonics
 from nerfstudio.utils.rich_utils import CONSOLE
-from rich.table import Table
 from torch import Tensor
 from torch.nn import Parameter
 
@@ -37,7 +35,6 @@ from infnerf_ns.losses import ray as ray_losses
 from infnerf_ns.losses import reconstruction
 from infnerf_ns.losses import tree as tree_losses
 from infnerf_ns.near_plane import NearPlanes
-from infnerf_ns.octree import Octree, build_octree, root_cube
 from infnerf_ns.pages import PageLayout
 from infnerf_ns.sampler import (
     ORTHOGRAPHIC_FOOTPRINT,
@@ -46,32 +43,11 @@ from infnerf_ns.sampler import (
     random_coarsening,
     sample_geometry,
 )
+from infnerf_ns.tree_building import SOURCES, OctreeConfig, build_tree, log_tree, require_memory
 from infnerf_ns.validation import Range
 
 APPEARANCE = "appearance_code"
 """Key of the ray metadata that holds an appearance code [R, A] to be used instead of the trained ones."""
-
-
-@dataclass
-class OctreeConfig:
-    """How the octree is built from the SfM points."""
-
-    max_level: Annotated[int, Range(0, 20, warn_above=15)] = 4
-    """Deepest octree level (0: the root alone)."""
-    node_resolution: Annotated[int, Range(8, 8192)] = 256
-    """Finest resolution of a node's grid: cells per edge of its cube."""
-    gsd_sharpness: Annotated[float, Range(0.25, 8.0)] = 2.0
-    """How much finer than a grid cell a node is trusted to be; the paper uses 2."""
-    min_points: Annotated[int, Range(1, 1_000_000)] = 32
-    """SfM points finer than the parent's GSD that an octant needs to become a node."""
-    align: Literal["auto", "none", "pca"] = "auto"
-    """Axes of the root cube: the scene's (none), the points' principal axes with the shortest up (pca), or pca only
-    where the
-    scene is flat and tilted (auto)."""
-    trim: Annotated[float, Range(0.0, 0.2)] = 0.01
-    """Share of outlying SfM points that the root cube ignores at both ends of each axis."""
-    level_start_steps: Annotated[int, Range(0, 1_000_000)] = 1500
-    """Steps between the starts of two octree levels; a level starts from what its parents have learnt."""
 
 
 @dataclass
@@ -129,6 +105,8 @@ class InfNeRFModelConfig(ModelConfig):
     def check(self) -> list[str]:
         """Values that do not fit each other."""
         problems = []
+        if self.enable_collider:
+            problems.append("--pipeline.model.enable-collider True: not supported, every camera's near plane is known")
         resolution, base = self.octree.node_resolution, self.field.base_resolution
         if resolution <= base:
             problems.append(
@@ -153,12 +131,16 @@ class InfNeRFModel(Model):
             raise InputError(
                 "the data manager gives no SfM scene: --pipeline.datamanager must be infnerf_ns's PyramidDataManager"
             )
-        octree = self._build_octree(scene)
+        octree = build_tree(scene, self.config.octree)
         self.sampler = LoDSampler(self.config.sampler, self.config.sampler.near_plane or scene.near, octree.cube.side)
         self.near_planes = None
         if self.config.sampler.near_plane is None:
-            self.near_planes = NearPlanes(scene.points, scene.photo_nears, scene.near)
-        self._log_tree(octree, scene)
+            self.near_planes = NearPlanes(scene.points, scene.near)
+        if scene.source != "checkpoint":
+            layout = PageLayout(self.config.field, octree.node_resolution, self.config.octree.max_level)
+            log_tree(octree, layout.memory_bytes(octree), f"{len(scene.points)} {SOURCES[scene.source]}")
+            CONSOLE.print(f"root cube: side {octree.cube.side:.4g}, near plane {scene.near:.4g} or more (scene units)")
+            require_memory(layout.memory_bytes(octree), self.kwargs.get("device", "cpu"))
         self.field = OctreeField(octree, self.config.field, self.config.octree.max_level, self.num_train_data)
         in_place_gradients(self.field)
         self.camera_optimizer: CameraOptimizer = self.config.camera_optimizer.setup(
@@ -171,60 +153,6 @@ class InfNeRFModel(Model):
         self.renderer_normals = NormalsRenderer()
         self.normals_shader = NormalsShader()
         self.step = 0
-
-    def _build_octree(self, scene: Any) -> Octree:
-        config = self.config.octree
-        try:
-            cube = root_cube(scene.points, align=config.align, trim=config.trim)
-        except ValueError as error:
-            raise InputError(
-                "all SfM points lie at one place: check the sparse model, or leave it out to use the cameras"
-            ) from error
-        return build_octree(
-            scene.points,
-            scene.footprints,
-            cube,
-            max_level=config.max_level,
-            min_points=config.min_points,
-            node_resolution=config.node_resolution,
-            gsd_sharpness=config.gsd_sharpness,
-        )
-
-    def _log_tree(self, octree: Octree, scene: Any) -> None:
-        """Prints the tree and its memory; too large a tree ends here, before anything is allocated."""
-        needed = PageLayout(self.config.field, octree.node_resolution, self.config.octree.max_level).memory_bytes(
-            octree
-        )
-        source = {
-            "tracks": "SfM points with tracks",
-            "visibility": "SfM points",
-            "frusta": "camera frusta (no SfM points)",
-        }
-        table = Table(title=f"Octree of {octree.num_nodes} nodes from {len(scene.points)} {source[scene.source]}")
-        for name in ("level", "nodes", "GSD", "pruned", "memory"):
-            table.add_column(name, justify="right")
-        for row in octree.summary(needed):
-            table.add_row(
-                str(row["level"]),
-                str(row["nodes"]),
-                f"{row['gsd']:.4g}",
-                f"{100 * row['pruned']:.0f} %",
-                f"{row['bytes'] / 2**20:.0f} MiB",
-            )
-        CONSOLE.print(table)
-        CONSOLE.print(f"root cube: side {octree.cube.side:.4g}, near plane {self.sampler.near:.4g} (scene units)")
-        available = psutil.virtual_memory().available
-        if sum(needed) > available:
-            raise InputError(
-                f"the tree of {octree.num_nodes} nodes needs {sum(needed) / 2**30:.1f} GiB for training, but only"
-                f" {available / 2**30:.1f} GiB of memory are free: lower --pipeline.model.octree.max-level or"
-                " --pipeline.model.field.log2-table-size, or raise --pipeline.model.octree.min-points"
-            )
-        if sum(needed) > 0.7 * available:
-            CONSOLE.print(
-                f"[yellow]the tree needs {sum(needed) / 2**30:.1f} GiB of the {available / 2**30:.1f} GiB of memory"
-                " that are free[/yellow]"
-            )
 
     # -- parameters
 
@@ -246,6 +174,8 @@ class InfNeRFModel(Model):
                 "the checkpoint holds no octree: it was not written by infnerf; check --load-dir or --load-config"
             )
         octree = octree_from_state(state_dict, "field.").to(self.device)
+        layout = PageLayout(self.config.field, octree.node_resolution, self.config.octree.max_level)
+        require_memory(layout.memory_bytes(octree, training=self.training), self.device)
         missing = {f"field.{name}" for name, _ in self.field.named_parameters()} ^ {
             name
             for name in state_dict
@@ -303,7 +233,7 @@ class InfNeRFModel(Model):
             radius = 1 / (2 * float(camera.fx.flatten()[0]))
             rays.metadata[ORTHOGRAPHIC_FOOTPRINT] = torch.full_like(rays.pixel_area, radius)
         if self.near_planes is not None:
-            near = torch.full_like(rays.pixel_area, self.near_planes.of_camera(camera))
+            near = torch.full_like(rays.pixel_area, float(self.near_planes(camera)[0]))
             rays.nears = near if rays.nears is None else torch.maximum(rays.nears, near)
         return rays
 
@@ -338,8 +268,6 @@ class InfNeRFModel(Model):
         """
         if self.training:
             self.camera_optimizer.apply_to_raybundle(ray_bundle)
-            if self.near_planes is not None:
-                ray_bundle.nears = self.near_planes.of_photos(ray_bundle.camera_indices)
         octree, blend = self.field.octree, self.config.blend_levels and not self.training
         samples, weights_list, samples_list = self.sampler(ray_bundle, self.field.proposal_density, self.step)
         rays, per_ray = samples.frustums.starts.shape[:2]

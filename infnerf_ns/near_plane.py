@@ -9,7 +9,7 @@ know one near plane, or a box.) It measures 0.8 dB on the demo town, whose photo
 from __future__ import annotations
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float
 from nerfstudio.cameras.cameras import Cameras, CameraType
 from torch import Tensor, nn
 
@@ -26,7 +26,7 @@ NEARNESS = 0.5
 """Near plane over the second smallest of those distances: one stray point does not move it."""
 
 
-def photo_near_planes(points: Float[Tensor, "n 3"], cameras: Cameras, floor: float) -> Float[Tensor, "c"]:
+def near_planes(points: Float[Tensor, "n 3"], cameras: Cameras, floor: float) -> Float[Tensor, "c"]:
     """Near plane of each camera.
 
     Args:
@@ -58,24 +58,18 @@ def _picked(points: Float[Tensor, "n 3"]) -> Float[Tensor, "m 3"]:
 
 
 class NearPlanes(nn.Module):
-    """Near planes of the train photos and of any other camera; part of the checkpoint.
+    """Near planes of any cameras; the points are part of the checkpoint, so a loaded model needs no SfM model.
 
     Args:
         points: SfM points [N, 3], scene units.
-        photos: near planes [C] of the train photos, scene units.
         floor: near plane of cameras that see hardly any point, scene units.
     """
 
-    def __init__(self, points: Float[Tensor, "n 3"], photos: Float[Tensor, "c"], floor: float) -> None:
+    def __init__(self, points: Float[Tensor, "n 3"], floor: float) -> None:
         super().__init__()
         self.register_buffer("floor", torch.tensor(floor, dtype=torch.float64))
         self.register_buffer("points", _picked(points).clone())
-        self.register_buffer("photos", photos.clone())
 
-    def of_photos(self, index: Int[Tensor, "r 1"]) -> Float[Tensor, "r 1"]:
-        """Near planes of rays that belong to train photos."""
-        return self.photos[index]
-
-    def of_camera(self, camera: Cameras) -> float:
-        """Near plane of one camera, batch shape ``(1,)`` or ``()``."""
-        return float(photo_near_planes(self.points, camera.flatten().to(self.points.device), float(self.floor))[0])
+    def forward(self, cameras: Cameras) -> Float[Tensor, "c"]:
+        """Near planes of the cameras, batch shape ``(C,)`` or ``()``; scene units."""
+        return near_planes(self.points, cameras.flatten().to(self.points.device), float(self.floor))

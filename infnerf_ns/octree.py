@@ -85,7 +85,9 @@ def root_cube(
         keep = centered.norm(dim=-1)
         centered = centered[keep <= torch.quantile(keep[:: max(1, len(keep) // 100_000)], 1 - trim)]
         extent, axes = torch.linalg.eigh(centered.T @ centered / max(len(centered), 1))
-        up = axes[:, 0] * torch.sign(axes[2, 0] if axes[2, 0] != 0 else axes[0, 0])
+        up = axes[:, 0]
+        leading = up[[2, 0, 1]][up[[2, 0, 1]].abs() > 1e-6][0]  # z, or x or y where the scene stands on its edge
+        up = up * torch.sign(leading)
         flat = extent[0].clamp(min=0).sqrt() < 0.5 * extent[1].clamp(min=0).sqrt()
         tilted = up[2] < torch.cos(torch.deg2rad(torch.tensor(5.0, dtype=torch.float64)))
         if align == "pca" or bool(flat and tilted):
@@ -271,7 +273,7 @@ def build_octree(
         node_resolution: finest grid resolution of a node.
         gsd_sharpness: see :func:`infnerf_ns.footprint.level_gsd`.
     """
-    unit = cube.to_unit(points.double()) if points.dtype == torch.float64 else cube.to_unit(points)
+    unit = cube.to_unit(points)
     inside = ((unit >= 0) & (unit < 1)).all(dim=-1)
     unit, footprints = unit[inside], footprints[inside]
     levels, coords, parents = (

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import dataclasses
 from collections import defaultdict
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from time import perf_counter
@@ -53,6 +55,12 @@ class InfNeRFPipeline(VanillaPipeline):
     config: InfNeRFPipelineConfig
     datamanager: PyramidDataManager
 
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        if self.model.near_planes is not None:
+            # The method, as the module would become part of the data manager, which is one too, and be saved twice.
+            self.datamanager.near_planes = self.model.near_planes.forward
+
     @property
     def model(self) -> InfNeRFModel:
         """The model, without the wrapper of distributed training."""
@@ -74,8 +82,7 @@ class InfNeRFPipeline(VanillaPipeline):
         if len(candidates) == 0:
             return code.detach()
         generator = torch.Generator().manual_seed(0)
-        normals, self.model.config.render_normals = self.model.config.render_normals, False
-        try:
+        with self._frozen(), self._without_normals():
             for _ in range(self.config.half_fit_steps):
                 chosen = candidates[torch.randint(len(candidates), (1024,), generator=generator).to(candidates.device)]
                 bundle = rays[chosen]
@@ -84,9 +91,28 @@ class InfNeRFPipeline(VanillaPipeline):
                     loss = (self.model(bundle)["rgb"] - target[chosen]).square().mean()
                     (code.grad,) = torch.autograd.grad(loss, code)
                 optimizer.step()
+        return code.detach()
+
+    @contextmanager
+    def _frozen(self) -> Iterator[None]:
+        """No parameter of the model gathers gradients: what is fitted to held-out photos must not reach it."""
+        parameters = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
+        for parameter in parameters:
+            parameter.requires_grad_(False)
+        try:
+            yield
+        finally:
+            for parameter in parameters:
+                parameter.requires_grad_(True)
+
+    @contextmanager
+    def _without_normals(self) -> Iterator[None]:
+        """Images are rendered without the output `normals`, which costs another look at the field."""
+        normals, self.model.config.render_normals = self.model.config.render_normals, False
+        try:
+            yield
         finally:
             self.model.config.render_normals = normals
-        return code.detach()
 
     def evaluate_photo(self, camera: Cameras, batch: dict[str, Any]) -> tuple[dict[str, float], dict[str, Tensor]]:
         """Metrics of one held-out photo at every pyramid level and their means, and images to look at."""
@@ -100,7 +126,8 @@ class InfNeRFPipeline(VanillaPipeline):
             rays = self.model.camera_rays(camera_at_level.to(self.device))
             if code is not None:
                 rays.metadata[APPEARANCE] = code.expand(*rays.shape, -1)
-            outputs = self.model.get_outputs_for_camera_ray_bundle(rays)
+            with nullcontext() if level == 0 else self._without_normals():
+                outputs = self.model.get_outputs_for_camera_ray_bundle(rays)
             num_rays += len(rays)
             photo = {"image": image} if mask is None else {"image": image, "mask": mask}
             if half:
@@ -161,7 +188,7 @@ class InfNeRFPipeline(VanillaPipeline):
                 progress.advance(task)
         self.train()
         averages = {}
-        for name in rows[0]:
+        for name in {name: None for row in rows for name in row}:
             values = torch.tensor([row[name] for row in rows if name in row], dtype=torch.float64)
             averages[name] = float(values.mean())
             if get_std:

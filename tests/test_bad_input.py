@@ -183,6 +183,14 @@ def test_mask_missing_on_disk_and_in_the_list(tmp_path: Path) -> None:
     assert "Different number of image and mask filenames" in refusal(lambda: start(tmp_path))
 
 
+def test_unreadable_mask_is_not_called_a_photo(tmp_path: Path) -> None:
+    write_capture(tmp_path, masks=True)
+    path = tmp_path / "masks/004.png"
+    path.write_bytes(path.read_bytes()[:-30])
+    message = refusal(lambda: start(tmp_path))
+    assert f"mask {path} cannot be read" in message
+
+
 def test_masks_that_hide_everything(tmp_path: Path) -> None:
     write_capture(tmp_path, masks=True)
     for file in (tmp_path / "masks").iterdir():

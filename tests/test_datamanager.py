@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -22,6 +23,8 @@ from tiny_capture import HEIGHT, WIDTH, photo, shared_capture, write_capture, wr
 
 from infnerf_ns.data.pyramid import downsample
 from infnerf_ns.data.pyramid_datamanager import PyramidDataManager, PyramidDataManagerConfig
+from infnerf_ns.errors import InputError
+from infnerf_ns.near_plane import NearPlanes
 
 
 def make_config(folder: Path, dataparser: Any = None, **kwargs: Any) -> PyramidDataManagerConfig:
@@ -63,7 +66,44 @@ def test_colmap_tracks_reach_the_scene(tmp_path: Path) -> None:
     manager = make_config(tmp_path, dataparser).setup()
     metadata = manager.train_dataset.metadata
     assert metadata["sfm_scene"].source == "tracks" and int(metadata["sfm_scene"].num_photos.max()) == 5
-    assert "points3D_image_ids" not in metadata  # large, and not needed any more
+    assert "tracks" not in metadata  # large, and not needed any more
+
+
+def test_a_photo_taken_out_of_the_capture_leaves_the_tracks_of_the_others(tmp_path: Path) -> None:
+    """What the message for a missing photo advises: its matches in points3D.txt are then of no photo."""
+    write_colmap(tmp_path)
+    (tmp_path / "images/005.png").unlink()
+    images = tmp_path / "sparse/0/images.txt"
+    lines = images.read_text().splitlines()
+    gone = next(number for number, line in enumerate(lines) if line.endswith("005.png"))
+    images.write_text("\n".join(lines[:gone] + lines[gone + 2 :]) + "\n")
+    manager = make_config(tmp_path, ColmapDataParserConfig(colmap_path=Path("sparse/0"))).setup()
+    assert manager.train_dataset.metadata["sfm_scene"].source == "tracks"
+
+
+def test_only_a_training_looks_for_points(tmp_path: Path) -> None:
+    """All other commands load a checkpoint, whose tree and near planes are those of the training."""
+    write_capture(tmp_path)
+    scene = make_config(tmp_path).setup(test_mode="test").train_dataset.metadata["sfm_scene"]
+    assert scene.source == "checkpoint" and torch.isinf(scene.footprints).all()
+
+
+def test_rays_have_the_near_plane_of_their_photo(tmp_path: Path) -> None:
+    write_capture(tmp_path)
+    manager = make_config(tmp_path).setup()
+    assert manager.near_planes is None
+    scene = manager.train_dataset.metadata["sfm_scene"]
+    manager.near_planes = NearPlanes(scene.points, scene.near).forward
+    for draw, dataset in ((manager.next_train, manager.train_dataset), (manager.next_eval, manager.eval_dataset)):
+        rays, _ = draw(0)
+        assert torch.equal(rays.nears, manager.near_planes(dataset.cameras)[rays.camera_indices])
+        assert rays.nears.min() >= scene.near
+
+
+def test_rays_for_point_clouds_are_of_the_full_size(tmp_path: Path) -> None:
+    write_capture(tmp_path)
+    _, batch = make_config(tmp_path).setup(test_mode="test").next_train(0)
+    assert batch["pyramid_level"].max() == 0
 
 
 def test_same_seed_same_batches(tmp_path: Path) -> None:
@@ -179,11 +219,17 @@ def test_eval_side(tmp_path: Path) -> None:
     assert camera.fx.item() == pytest.approx(30.0)
 
 
-def test_inference_looks_at_no_photo(tmp_path: Path) -> None:
-    write_capture(tmp_path)
+@pytest.mark.parametrize("dataparser", ["nerfstudio", "colmap"])
+def test_inference_looks_at_no_photo(tmp_path: Path, dataparser: str) -> None:
+    if dataparser == "nerfstudio":
+        write_capture(tmp_path)
+        config = make_config(tmp_path)
+    else:
+        write_colmap(tmp_path)
+        config = make_config(tmp_path, ColmapDataParserConfig(colmap_path=Path("sparse/0")))
     for file in (tmp_path / "images").iterdir():
         file.unlink()
-    manager = make_config(tmp_path).setup(test_mode="inference")
+    manager = config.setup(test_mode="inference")
     assert len(manager.train_dataset) == 7 and manager.get_train_rays_per_batch() == 256
     assert manager.get_datapath() == tmp_path
 
@@ -235,6 +281,57 @@ def test_a_missing_val_split_is_replaced_by_the_test_split(tmp_path: Path, monke
     assert manager.test_split == "test" and len(manager.eval_dataset) == 1
 
 
+@pytest.mark.parametrize("dataparser", ["nerfstudio", "colmap"])
+def test_split_lists_without_val(tmp_path: Path, dataparser: str) -> None:
+    """nerfstudio's own lists: it raises RuntimeError for a split that they do not have."""
+    names = {"train": [f"{i:03d}.png" for i in range(6)], "test": ["006.png", "007.png"]}
+    if dataparser == "nerfstudio":
+        meta = write_capture(tmp_path)
+        meta.update({f"{split}_filenames": [f"images/{name}" for name in names[split]] for split in names})
+        write_json(tmp_path, meta)
+        config = make_config(tmp_path)
+    else:
+        write_colmap(tmp_path)
+        for split in names:
+            (tmp_path / f"{split}_list.txt").write_text("\n".join(names[split]) + "\n")
+        config = make_config(tmp_path, ColmapDataParserConfig(colmap_path=Path("sparse/0")))
+    manager = config.setup(test_mode="val")
+    assert manager.test_split == "test"
+    assert [len(manager.train_dataset), len(manager.eval_dataset)] == [6, 2]
+
+
+@pytest.mark.parametrize("factor", [1, 2])
+def test_the_crop_of_fisheye_photos_follows_the_resolution(tmp_path: Path, factor: int) -> None:
+    """The radius is of the full-size photos; what lies outside is neither trained nor measured."""
+    meta = write_capture(tmp_path)
+    meta.update(camera_model="OPENCV_FISHEYE", fisheye_crop_radius=10)
+    write_json(tmp_path, meta)
+    (tmp_path / "images_2").mkdir()
+    for index in range(8):
+        Image.fromarray(downsample(photo(index), 1)).save(tmp_path / f"images_2/{index:03d}.png")
+    dataparser = NerfstudioDataParserConfig(orientation_method="none", eval_mode="interval", downscale_factor=factor)
+    manager = make_config(tmp_path, dataparser).setup()
+    _, batch = manager.next_train(0)
+    scale = factor * 2 ** batch["pyramid_level"][:, None]
+    away = (batch["indices"][:, 1:] + 0.5) * scale - torch.tensor([HEIGHT / 2, WIDTH / 2])
+    assert away.norm(dim=-1).max() < 10 + factor
+    camera, held_out = manager.next_eval_image(0)
+    for level, _, image, mask in manager.eval_pyramid(camera, held_out):
+        share = float(mask.float().mean())
+        assert mask.shape == (*image.shape[:2], 1) and 0.1 < share < 0.5, level
+
+
+def test_photos_that_do_not_fit_into_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_capture(tmp_path)
+    needed = 7 * WIDTH * HEIGHT * 5 // 4 * 3
+    memory = "infnerf_ns.data.pyramid_datamanager.psutil.virtual_memory"
+    monkeypatch.setattr(memory, lambda: SimpleNamespace(available=needed))
+    make_config(tmp_path).setup()
+    monkeypatch.setattr(memory, lambda: SimpleNamespace(available=needed - 1))
+    with pytest.raises(InputError, match="7 train photos need .* GiB.* --pipeline.datamanager.camera-res-scale-factor"):
+        make_config(tmp_path).setup()
+
+
 def test_nerfstudio_pipeline_trains_on_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     write_capture(tmp_path)
     monkeypatch.setattr(torchmetrics.image.lpip, "LearnedPerceptualImagePatchSimilarity", lambda **_: None)  # downloads
@@ -255,7 +352,7 @@ def test_real_capture_with_both_dataparsers() -> None:
         NerfstudioDataParserConfig(orientation_method="none", eval_mode="interval", downscale_factor=1),
         ColmapDataParserConfig(orientation_method="none", colmap_path=Path("sparse/0"), downscale_factor=1),
     ):
-        manager = make_config(folder, dataparser, camera_res_scale_factor=0.125).setup(test_mode="test")
+        manager = make_config(folder, dataparser, camera_res_scale_factor=0.125).setup()
         rays, batch = manager.next_train(0)
         assert len(rays) == len(batch["image"]) == 256
         scenes.append(manager.train_dataset.metadata["sfm_scene"])

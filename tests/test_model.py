@@ -19,10 +19,11 @@ from torch import Tensor
 from infnerf_ns.data.sfm import SfMScene
 from infnerf_ns.errors import InputError
 from infnerf_ns.field import FieldConfig, OctreeField
-from infnerf_ns.model import APPEARANCE, InfNeRFModel, InfNeRFModelConfig, LossConfig, OctreeConfig
+from infnerf_ns.model import APPEARANCE, InfNeRFModel, InfNeRFModelConfig, LossConfig
 from infnerf_ns.octree import RootCube, build_octree
 from infnerf_ns.sampler import SamplerConfig
 from infnerf_ns.training.optimizer import NodeAdam
+from infnerf_ns.tree_building import OctreeConfig
 
 PHOTOS, DEPTH = 3, 2
 
@@ -31,8 +32,7 @@ def _scene(seed: int = 0, count: int = 600) -> SfMScene:
     generator = torch.Generator().manual_seed(seed)
     points = torch.rand(count, 3, generator=generator) - 0.5
     footprints = 0.05 * torch.rand(count, generator=generator) ** 3
-    near = 0.2 + 0.01 * seed
-    return SfMScene(points, footprints, torch.full((count,), 3), near, torch.full((PHOTOS,), near), source="tracks")
+    return SfMScene(points, footprints, torch.full((count,), 3), near=0.2 + 0.01 * seed, source="tracks")
 
 
 def _config(
@@ -87,18 +87,6 @@ def _batch(count: int = 64, seed: int = 0) -> tuple[RayBundle, dict[str, Tensor]
     return rays, {"image": torch.rand(count, 3, generator=generator)}
 
 
-@pytest.mark.parametrize("fixed", [None, 0.3])
-def test_every_photo_has_its_near_plane(fixed: float | None) -> None:
-    scene = _scene()
-    scene.photo_nears = torch.tensor([0.25, 0.5, 1.0])
-    model = _model(_config(sampler={"near_plane": fixed}), scene).train()
-    rays, _ = _batch()
-    with torch.no_grad():
-        starts = model(rays)["ray_samples_list"][0].frustums.starts[:, 0, 0]
-    expected = scene.photo_nears[rays.camera_indices[:, 0]] if fixed is None else torch.full_like(starts, fixed)
-    assert bool((starts >= expected * 0.999).all()) and bool((starts <= expected * 1.4).all())
-
-
 def test_a_rendered_camera_has_the_near_plane_of_what_it_shows() -> None:
     """The camera is 1.73 from the middle of points in a cube of edge 1."""
     model = _model().eval()
@@ -109,6 +97,18 @@ def test_a_rendered_camera_has_the_near_plane_of_what_it_shows() -> None:
     box = OrientedBox(torch.eye(3), torch.zeros(3), torch.full((3,), 2.0))
     cropped = model.camera_rays(camera, box).nears
     assert cropped.min() >= near.min() and cropped.max() > near.max()
+    fixed = _model(_config(sampler={"near_plane": 0.3})).eval()
+    assert fixed.near_planes is None and fixed.camera_rays(camera).nears is None
+
+
+def test_rays_start_at_their_near_planes() -> None:
+    model = _model().train()
+    rays, _ = _batch()
+    rays.nears = torch.linspace(0.05, 1.0, len(rays))[:, None]
+    with torch.no_grad():
+        starts = model(rays)["ray_samples_list"][0].frustums.starts[:, 0, 0]
+    floored = rays.nears[:, 0]
+    assert bool((starts >= floored * 0.999).all()) and bool((starts <= floored * 1.4).all())
 
 
 # -- rendering ---------------------------------------------------------------------------------------------------------
@@ -331,10 +331,10 @@ def test_a_checkpoint_that_does_not_fit_is_refused() -> None:
 def test_too_little_memory_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     field = _model().field
     needed = sum(field.pages.memory_bytes(field.octree))
-    monkeypatch.setattr("infnerf_ns.model.psutil.virtual_memory", lambda: SimpleNamespace(available=needed - 1))
-    with pytest.raises(InputError, match="GiB for training, but only .* lower --pipeline.model.octree.max-level"):
+    monkeypatch.setattr("infnerf_ns.tree_building.psutil.virtual_memory", lambda: SimpleNamespace(available=needed - 1))
+    with pytest.raises(InputError, match="GiB, but only .* lower --pipeline.model.octree.max-level"):
         _model()
-    monkeypatch.setattr("infnerf_ns.model.psutil.virtual_memory", lambda: SimpleNamespace(available=needed))
+    monkeypatch.setattr("infnerf_ns.tree_building.psutil.virtual_memory", lambda: SimpleNamespace(available=needed))
     _model()
 
 
@@ -420,7 +420,7 @@ def test_background_detail_that_the_pixel_resolves_is_kept() -> None:
 def test_memory_is_checked_before_pages_are_filled(monkeypatch: pytest.MonkeyPatch) -> None:
     filled = []
     monkeypatch.setattr(OctreeField, "reset_parameters", lambda self: filled.append(1))
-    monkeypatch.setattr("infnerf_ns.model.psutil.virtual_memory", lambda: SimpleNamespace(available=1000))
+    monkeypatch.setattr("infnerf_ns.tree_building.psutil.virtual_memory", lambda: SimpleNamespace(available=1000))
     with pytest.raises(InputError):
         _model()
     assert not filled

@@ -146,8 +146,12 @@ def test_contraction() -> None:
 def test_root_cube_round_trip_and_cover(seed: int) -> None:
     generator = torch.Generator().manual_seed(seed)
     points = torch.randn(500, 3, generator=generator) * torch.tensor([5.0, 3.0, 0.5]) + 7
+    outliers = torch.randn(2, 3, generator=generator) * 1000
     for align in ("none", "pca"):
-        cube = root_cube(points, align=align)
+        cube = root_cube(torch.cat([points, outliers]), align=align)
+        turned = points @ cube.rotation.T
+        extent = torch.quantile(turned, 0.985, dim=0) - torch.quantile(turned, 0.015, dim=0)
+        assert extent.max() < cube.side < 1.05 * 1.2 * extent.max(), "outliers do not stretch the cube"
         assert torch.allclose(cube.rotation @ cube.rotation.T, torch.eye(3), atol=1e-5)
         assert torch.linalg.det(cube.rotation) == pytest.approx(1.0, abs=1e-4)
         unit = cube.to_unit(points)
@@ -166,6 +170,18 @@ def test_root_cube_levels_a_tilted_flat_scene_only() -> None:
     assert torch.equal(root_cube(flat, align="auto").rotation, torch.eye(3))
     room = torch.rand(3000, 3, generator=torch.Generator().manual_seed(0))
     assert torch.equal(root_cube(room @ tilt.T, align="auto").rotation, torch.eye(3))
+
+
+@pytest.mark.parametrize("axis", [0, 1, 2])
+@pytest.mark.parametrize("align", ["auto", "pca"])
+def test_root_cube_of_a_flat_scene_along_any_axis(axis: int, align: str) -> None:
+    """Regression: a plane whose normal is exactly y left a rotation with two rows of zeros."""
+    points = torch.rand(500, 3, generator=torch.Generator().manual_seed(0)) * torch.tensor([3.0, 2.0, 2.5])
+    points[:, axis] = 0
+    cube = root_cube(points, align=align)
+    assert torch.allclose(cube.rotation @ cube.rotation.T, torch.eye(3), atol=1e-5)
+    assert torch.linalg.det(cube.rotation) == pytest.approx(1.0, abs=1e-4)
+    assert cube.rotation[2].abs().argmax() == axis and cube.rotation[2, axis] > 0
 
 
 def test_root_cube_without_extent() -> None:

@@ -225,6 +225,41 @@ def test_a_level_sees_the_centres_and_areas_of_its_blocks() -> None:
     assert len(draw.level.unique()) == 4
 
 
+def test_level_share_counts_valid_pixels() -> None:
+    """Scattered masked pixels empty the coarse levels, whose blocks must be valid as a whole."""
+    pyramid = PixelPyramid([(64, 64), (64, 64)], 3, 4, masked=True, level_share=1.0)
+    generator = np.random.default_rng(0)
+    for index in range(2):
+        pyramid.set_photo(index, np.zeros((64, 64, 3), np.uint8), generator.random((64, 64)) > 0.02 * (1 + index))
+    draw = pyramid.draw(40_000, generator=torch.Generator().manual_seed(0))
+    flat = pyramid.start[draw.segment] + draw.local
+    assert bool(pyramid.valid[flat].all())
+    counts = draw.level.bincount() / 40_000
+    torch.testing.assert_close(counts, torch.full((4,), 0.25), atol=0.01, rtol=0)
+    for level in range(4):
+        valid = [int(pyramid.valid[s : s + n].sum()) for s, n in _segments_of_level(pyramid, level)]
+        share = float((draw.photo[draw.level == level] == 0).float().mean())
+        assert abs(share - valid[0] / sum(valid)) < 0.02, "alike within a level"
+
+
+def _segments_of_level(pyramid: PixelPyramid, level: int) -> list[tuple[int, int]]:
+    at = (pyramid.level == level).nonzero()[:, 0]
+    return [(int(pyramid.start[s]), int(pyramid.height[s] * pyramid.width[s])) for s in at]
+
+
+@pytest.mark.parametrize("level_share", [0.0, 0.5])
+def test_a_few_valid_pixels_are_found(level_share: float) -> None:
+    """Regression: 60 x 60 valid pixels of 1000 x 1000 ended in "no valid pixels found"."""
+    pyramid = PixelPyramid([(1000, 1000)], 3, 3, masked=True, level_share=level_share)
+    mask = np.zeros((1000, 1000), dtype=bool)
+    mask[400:404, 300:304] = True
+    pyramid.set_photo(0, np.zeros((1000, 1000, 3), np.uint8), mask)
+    draw = pyramid.draw(2000, generator=torch.Generator().manual_seed(0))
+    assert len(draw.row) == 2000 and bool(
+        (draw.row << draw.level >= 400).all() and (draw.row << draw.level < 404).all()
+    )
+
+
 def test_level_share_gives_every_level_the_same_chance() -> None:
     """With share 1 the levels are drawn alike; with share 1/2, half of the rays are."""
     for share in (1.0, 0.5):

@@ -14,7 +14,9 @@ from nerfstudio.data.dataparsers.nerfstudio_dataparser import NerfstudioDataPars
 from tiny_capture import FOCAL, HEIGHT, WIDTH, points, ring, shared_capture, write_capture, write_colmap
 
 from infnerf_ns.data import sfm
-from infnerf_ns.data.sfm import build_sfm_scene, colmap_image_ids, ply_points, project
+from infnerf_ns.data.point_files import IMPLIED_TRANSFORM, _image_ids, colmap_tracks, ply_points
+from infnerf_ns.data.projection import project
+from infnerf_ns.data.sfm import build_sfm_scene
 
 
 def make_cameras(count: int = 8, camera_type: CameraType = CameraType.PERSPECTIVE, scale: float = 1.0) -> Cameras:
@@ -64,14 +66,13 @@ def test_track_footprints_and_ids_of_held_out_photos(tmp_path: Path) -> None:
     ids = [40, 3, 22, 17, 9, 31, 5, 12]
     tracks = write_colmap(tmp_path, 8, ids)
     config = ColmapDataParserConfig(data=tmp_path, colmap_path=Path("sparse/0"), orientation_method="none")
-    config.center_method, config.auto_scale_poses, config.max_2D_matches_per_3D_point = "none", False, -1
+    config.center_method, config.auto_scale_poses = "none", False
     config.assume_colmap_world_coordinate_convention = False
     outputs = config.setup().get_dataparser_outputs("train")
-    found = colmap_image_ids(tmp_path / "sparse/0", outputs.image_filenames)
     photos = [int(name.stem) for name in outputs.image_filenames]
-    assert found.tolist() == [ids[photo] for photo in photos]
+    assert _image_ids(tmp_path / "sparse/0", outputs.image_filenames).tolist() == [ids[photo] for photo in photos]
     assert len(photos) == 7
-    outputs.metadata["colmap_image_ids"] = found
+    outputs.metadata["tracks"] = colmap_tracks(tmp_path / "sparse/0", outputs.image_filenames)
     scene = build_sfm_scene(outputs, outputs.cameras)
 
     world, poses = points(), ring(8)
@@ -92,10 +93,21 @@ def test_track_footprints_and_ids_of_held_out_photos(tmp_path: Path) -> None:
         assert expected[match] == (pytest.approx(size, rel=1e-4), count)
 
 
-def test_photo_missing_from_the_model_has_no_id(tmp_path: Path) -> None:
-    write_colmap(tmp_path, 4)
+def test_photo_missing_from_the_model_sees_nothing(tmp_path: Path) -> None:
+    tracks = write_colmap(tmp_path, 4)
     names = [tmp_path / "images_2" / "002.png", tmp_path / "images" / "other.png"]
-    assert colmap_image_ids(tmp_path / "sparse/0", names).tolist() == [3, -1]
+    assert _image_ids(tmp_path / "sparse/0", names).tolist() == [3, -1]
+    found = colmap_tracks(tmp_path / "sparse/0", names)
+    assert set(found.photo.tolist()) == {0}
+    assert found.point.tolist() == [number for number, track in enumerate(tracks) if 2 in track]
+
+
+def test_photos_of_one_name_in_two_folders_are_told_apart(tmp_path: Path) -> None:
+    write_colmap(tmp_path, 2)
+    text = tmp_path / "sparse/0/images.txt"
+    text.write_text("\n".join(f"{i} 1 0 0 0 0 0 0 1 {name}\n" for i, name in ((1, "1.png"), (2, "east/1.png"))))
+    names = [tmp_path / "images/1.png", tmp_path / "images/east/1.png"]
+    assert _image_ids(tmp_path / "sparse/0", names).tolist() == [1, 2]
 
 
 def test_point_hidden_behind_a_wall_is_not_observed() -> None:
@@ -195,34 +207,45 @@ def test_ply_points_land_in_the_frame_of_the_cameras(tmp_path: Path) -> None:
     torch.testing.assert_close(found.pixels, expected.pixels, atol=1e-3, rtol=0)
 
 
+def test_ply_points_take_the_transform_that_nerfstudio_implies(tmp_path: Path) -> None:
+    """Beside a COLMAP model and without `applied_transform` nerfstudio swaps axes; its own reader says where to."""
+    pytest.importorskip("open3d", reason="nerfstudio reads ply files with open3d, which cannot be imported here")
+    meta = write_capture(tmp_path)
+    (tmp_path / "colmap/sparse/0").mkdir(parents=True)
+    outputs = NerfstudioDataParserConfig(data=tmp_path, load_3D_points=True).setup().get_dataparser_outputs("train")
+    found = ply_points(tmp_path / meta["ply_file_path"], outputs, IMPLIED_TRANSFORM)["points3D_xyz"]
+    torch.testing.assert_close(found, outputs.metadata["points3D_xyz"].float(), atol=1e-5, rtol=0)
+
+
 def colmap_outputs(folder: Path) -> DataparserOutputs:
-    """Train split (every 8th photo held out) with tracks and image ids."""
+    """Train split (every 8th photo held out) with tracks and nerfstudio's padded matches."""
     config = ColmapDataParserConfig(data=folder, colmap_path=Path("sparse/0"), downscale_factor=1)
     config.max_2D_matches_per_3D_point = -1
     outputs = config.setup().get_dataparser_outputs("train")
-    outputs.metadata["colmap_image_ids"] = colmap_image_ids(folder / "sparse/0", outputs.image_filenames)
+    outputs.metadata["tracks"] = colmap_tracks(folder / "sparse/0", outputs.image_filenames)
     return outputs
 
 
-@pytest.mark.parametrize(("name", "max_error"), [("fox", 4.0), ("caliterra", 4.0)])
-def test_real_tracks_project_onto_their_matches(name: str, max_error: float) -> None:
+@pytest.mark.parametrize("name", ["fox", "caliterra"])
+def test_real_tracks_project_onto_their_matches(name: str) -> None:
     outputs = colmap_outputs(shared_capture(name))
-    ids = outputs.metadata["points3D_image_ids"]
+    ids, tracks = outputs.metadata["points3D_image_ids"], outputs.metadata["tracks"]
     errors = []
-    for index, number in enumerate(outputs.metadata["colmap_image_ids"].tolist()):
+    for index, number in enumerate(_image_ids(shared_capture(name) / "sparse/0", outputs.image_filenames)):
         row, column = (ids == number).nonzero(as_tuple=True)
+        assert torch.equal(row.unique(), tracks.point[tracks.photo == index])
         pixels = project(outputs.cameras[index], outputs.metadata["points3D_xyz"][row]).pixels
         errors.append((pixels - outputs.metadata["points3D_points2D_xy"][row, column]).norm(dim=-1))
     errors = torch.cat(errors)
     assert float(errors.mean()) < 1.2
-    assert float(errors.max()) < max_error
+    assert float(errors.max()) < 4.0
 
 
 @pytest.mark.parametrize(("name", "share"), [("fox", 0.7), ("caliterra", 0.95)])
 def test_real_footprints_agree_between_tracks_and_visibility(name: str, share: float) -> None:
     outputs = colmap_outputs(shared_capture(name))
     cameras, world = outputs.cameras, outputs.metadata["points3D_xyz"]
-    tracks = sfm._observe_tracks(world, outputs.metadata, cameras)
+    tracks = sfm._observe_tracks(world, outputs.metadata["tracks"], cameras)
     visible = sfm._observe_visible(world, cameras)
     both = (tracks.num_photos >= 3) & (visible.num_photos >= 3)
     assert int(both.sum()) > 0.99 * int((tracks.num_photos >= 3).sum())

@@ -60,9 +60,6 @@ class Nodes:
             print(f"{nodes:5d}   {1e3 * middle:6.1f} ({1e3 * low:.1f} to {1e3 * high:.1f})   {middle / first:14.2f}")
 
 
-_PHOTOS = 8
-
-
 class _Trainer:
     """A model with a tree full to one level, and its optimizers."""
 
@@ -70,14 +67,13 @@ class _Trainer:
         generator = torch.Generator().manual_seed(0)
         points = torch.rand(200 * 8**level, 3, generator=generator) * 2 - 1
         count = len(points)
-        photos = torch.full((_PHOTOS,), 0.5)
-        scene = SfMScene(points, torch.full((count,), 1e-9), torch.full((count,), 9), 0.5, photos, source="tracks")
+        scene = SfMScene(points, torch.full((count,), 1e-9), torch.full((count,), 9), near=0.5, source="tracks")
         config = InfNeRFModelConfig()
         config.octree.max_level, config.octree.level_start_steps, config.octree.trim = level, 0, 0.0
         config.losses.inter_level = config.losses.transparency = 0.0
         box = SceneBox(torch.tensor([[-1.0] * 3, [1.0] * 3]))
         self.model: InfNeRFModel = config.setup(
-            scene_box=box, num_train_data=_PHOTOS, metadata={"sfm_scene": scene}, device="cpu", grad_scaler=None
+            scene_box=box, num_train_data=8, metadata={"sfm_scene": scene}, device="cpu", grad_scaler=None
         )
         self.model.train()
         self.optimizers = [

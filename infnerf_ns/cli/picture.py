@@ -40,12 +40,12 @@ class Picture:
         _, pipeline, _, _ = eval_setup(self.load_config)
         if not isinstance(pipeline, InfNeRFPipeline):
             raise InputError(f"--load-config {self.load_config}: this is not a run of infnerf")
-        held_out = list(pipeline.datamanager.fixed_indices_eval_dataloader)
+        held_out = pipeline.datamanager.fixed_indices_eval_dataloader
         rows = []
         for number in self.photos:
             if not 0 <= number < len(held_out):
                 raise InputError(f"--photos {number}: the run has {len(held_out)} held-out photos, numbered from 0")
-            rows.append(self._row(pipeline, *held_out[number]))
+            rows.append(self._row(pipeline, *held_out.get_camera(number)))
         narrowest = min(row.shape[1] for row in rows + [np.empty((1, self.width))])
         scaled = [
             cv2.resize(row, (narrowest, round(len(row) * narrowest / row.shape[1])), interpolation=cv2.INTER_AREA)

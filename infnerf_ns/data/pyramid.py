@@ -11,7 +11,9 @@ columns. P pixels in all, R drawn pixels, C channels.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cached_property
 
 import cv2
 import numpy as np
@@ -22,7 +24,10 @@ from torch import Tensor
 
 MIN_SIDE = 8
 """A level has at least this many pixels along the shorter side."""
-_MAX_ROUNDS = 1000
+_MAX_ROUNDS = 100
+_LARGEST_ROUND = 1 << 20
+_FEW_VALID = 0.02
+_Draw = Callable[[int, torch.Generator | None], Tensor]
 
 
 def num_levels(height: int, width: int, limit: int) -> int:
@@ -119,9 +124,6 @@ class PixelPyramid:
         self.start = torch.cat([ends.new_zeros(1), ends[:-1]])
         """first pixel of each segment"""
         self.num_pixels = int(ends[-1])
-        of_level = torch.zeros(int(level.max()) + 1, dtype=torch.float64).index_add(0, level, (height * width).double())
-        self.level_cdf = torch.cumsum(height * width / of_level[level] / len(of_level), dim=0)
-        """chance up to each segment, where every level has the same and a level's pixels are alike"""
         self.pixels = torch.empty((self.num_pixels, channels), dtype=torch.uint8)
         self.valid: Bool[Tensor, "p"] | None = torch.ones(self.num_pixels, dtype=torch.bool) if masked else None
         self._segments_of = [range(*_span(photo, index)) for index in range(len(sizes))]
@@ -142,15 +144,38 @@ class PixelPyramid:
                 assert self.valid is not None, "the pyramid was made without masks"
                 self.valid[start:end] = torch.from_numpy(downsample_mask(mask, level)).reshape(-1)
 
+    @cached_property
+    def level_cdf(self) -> Float[Tensor, "s"]:
+        """Chance up to each segment of a draw that gives every level the same. Masked pixels are rejected after the
+        draw (unless they are listed), so a segment's chance is its pixels over the *valid* pixels of its level."""
+        size = (self.height * self.width).double()
+        valid = size
+        if self.valid is not None:
+            bounds = zip(self.start.tolist(), (self.start + size.long()).tolist())
+            valid = torch.stack([self.valid[start:end].sum() for start, end in bounds]).double()
+        of_level = valid.new_zeros(int(self.level.max()) + 1).index_add(0, self.level, valid)[self.level]
+        drawn = size if self._few_valid is None else valid
+        chance = torch.where(of_level > 0, drawn / of_level.clamp(min=1), 0.0)
+        return torch.cumsum(chance, dim=0) / chance.sum()
+
+    @cached_property
+    def _few_valid(self) -> Int[Tensor, "v"] | None:
+        """The valid pixels, where they are too few to be found by rejection."""
+        if self.valid is None or int(self.valid.sum()) > _FEW_VALID * len(self.valid):
+            return None
+        return self.valid.nonzero()[:, 0]
+
     def any_valid(self) -> bool:
         """Whether there is a pixel to draw."""
         return self.valid is None or bool(self.valid.any())
 
     def to(self, device: torch.device | str) -> PixelPyramid:
         """Moves the buffers; pixels are then drawn on that device."""
-        for name in ("photo", "level", "height", "width", "start", "level_cdf", "pixels", "valid"):
+        for name in ("photo", "level", "height", "width", "start", "pixels", "valid"):
             value = getattr(self, name)
             setattr(self, name, None if value is None else value.to(device))
+        for name in ("level_cdf", "_few_valid"):
+            vars(self).pop(name, None)
         return self
 
     def draw(self, num_rays: int, patch_size: int = 1, generator: torch.Generator | None = None) -> PixelDraw:
@@ -184,29 +209,46 @@ class PixelPyramid:
         return torch.searchsorted(self.start, flat, right=True) - 1
 
     def _draw_corners(self, count: int, patch_size: int, generator: torch.Generator | None) -> Int[Tensor, "n"]:
-        """Flat indices of pixels (upper left pixels of patches) that are valid: uniform by rejection."""
+        """Flat indices of pixels (upper left pixels of patches) that are valid."""
+        by_level = round(self.level_share * count)
+        parts = [(self._uniform, count - by_level), (self._uniform_over_levels, by_level)]
+        return torch.cat([self._accepted(draw, number, patch_size, generator) for draw, number in parts if number])
+
+    def _accepted(
+        self, draw: _Draw, count: int, patch_size: int, generator: torch.Generator | None
+    ) -> Int[Tensor, "n"]:
+        """The first ``count`` draws that fit."""
         kept: list[Tensor] = []
-        missing = count
+        missing, tried, found = count, 0, 0
         for _ in range(_MAX_ROUNDS):
-            flat = self._draw_flat(missing, generator)
-            kept.append(flat[self._fits(flat, patch_size)])
-            missing -= len(kept[-1])
+            # After a round with few hits the next one is as much larger.
+            number = min(missing * max(1, tried // max(found, 1)), max(missing, _LARGEST_ROUND))
+            flat = draw(number, generator)
+            flat = flat[self._fits(flat, patch_size)][:missing]
+            kept.append(flat)
+            missing, tried, found = missing - len(flat), tried + number, found + len(flat)
             if missing == 0:
                 return kept[0] if len(kept) == 1 else torch.cat(kept)
-        raise ValueError(f"no {patch_size} x {patch_size} patch of valid pixels found in {_MAX_ROUNDS} rounds of draws")
+        raise ValueError(f"no {patch_size} x {patch_size} patch of valid pixels found in {tried} draws")
 
-    def _draw_flat(self, count: int, generator: torch.Generator | None) -> Int[Tensor, "n"]:
-        """Flat indices, masked pixels included."""
-        device, by_level = self.start.device, round(self.level_share * count)
-        options = {"generator": generator, "device": device}
-        flat = torch.randint(self.num_pixels, (count - by_level,), dtype=torch.int64, **options)
-        if by_level == 0:
-            return flat
-        chance = torch.rand(by_level, dtype=torch.float64, **options)
+    def _uniform(self, count: int, generator: torch.Generator | None) -> Int[Tensor, "n"]:
+        """Any pixel, also masked ones unless most are masked."""
+        if self._few_valid is not None:
+            pick = torch.randint(len(self._few_valid), (count,), generator=generator, device=self.start.device)
+            return self._few_valid[pick]
+        return torch.randint(self.num_pixels, (count,), generator=generator, device=self.start.device)
+
+    def _uniform_over_levels(self, count: int, generator: torch.Generator | None) -> Int[Tensor, "n"]:
+        """Any pixel, also masked ones, so that the valid ones among them are alike within a level and every level has
+        the same number of them."""
+        chance, place = torch.rand(2, count, dtype=torch.float64, generator=generator, device=self.start.device)
         segment = torch.searchsorted(self.level_cdf, chance, right=True).clamp(max=len(self.start) - 1)
-        size = (self.height * self.width)[segment]
-        place = (torch.rand(by_level, dtype=torch.float64, **options) * size).long().clamp(max=size - 1)
-        return torch.cat([flat, self.start[segment] + place])
+        first, size = self.start[segment], (self.height * self.width)[segment]
+        if self._few_valid is not None:
+            first, end = torch.searchsorted(self._few_valid, torch.stack([first, first + size]))
+            size = end - first
+            return self._few_valid[first + (place * size).long().clamp(max=size - 1)]
+        return first + (place * size).long().clamp(max=size - 1)
 
     def _fits(self, flat: Int[Tensor, "n"], patch_size: int) -> Bool[Tensor, "n"]:
         """Whether the pixel (the patch right and below it) is inside its level and valid."""

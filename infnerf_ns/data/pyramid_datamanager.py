@@ -11,7 +11,7 @@ from __future__ import annotations
 import copy
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -19,12 +19,14 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import numpy as np
+import psutil
 import torch
 from jaxtyping import Bool, Float
 from nerfstudio.cameras.cameras import Cameras
 from nerfstudio.cameras.rays import RayBundle
 from nerfstudio.data.datamanagers.base_datamanager import DataManager, VanillaDataManager, VanillaDataManagerConfig
 from nerfstudio.data.dataparsers.base_dataparser import DataParser, DataParserConfig, DataparserOutputs
+from nerfstudio.data.dataparsers.colmap_dataparser import ColmapDataParser, ColmapDataParserConfig
 from nerfstudio.data.dataparsers.nerfstudio_dataparser import Nerfstudio
 from nerfstudio.data.datasets.base_dataset import InputDataset
 from nerfstudio.data.pixel_samplers import PixelSamplerConfig
@@ -35,13 +37,12 @@ from rich.progress import track
 from torch import Tensor
 
 from infnerf_ns.data import checks
+from infnerf_ns.data.point_files import IMPLIED_TRANSFORM, colmap_tracks, ply_points
 from infnerf_ns.data.pyramid import PixelPyramid, downsample_mask, level_mean, num_levels
 from infnerf_ns.data.pyramid_rays import PyramidRays
-from infnerf_ns.data.sfm import build_sfm_scene, colmap_image_ids, ply_points
+from infnerf_ns.data.sfm import SfMScene, build_sfm_scene
 from infnerf_ns.errors import InputError
 from infnerf_ns.validation import Range
-
-_TRACK_KEYS = ("points3D_image_ids", "points3D_points2D_xy", "colmap_image_ids")
 
 
 @dataclass
@@ -70,7 +71,10 @@ class _RaySource:
     def batch(self, num_rays: int, patch_size: int) -> tuple[RayBundle, dict[str, Tensor]]:
         """R random rays and their batch: image [R, C] in 0..1, indices [R, 3] (photo, row, column), pyramid_level
         [R]."""
-        draw = self.pyramid.draw(num_rays, patch_size)
+        try:
+            draw = self.pyramid.draw(num_rays, patch_size)
+        except ValueError as error:
+            raise InputError(f"{error}: check the masks, or lower --pipeline.datamanager.patch-size") from error
         device = self.rays.cameras.device
         batch = {
             "image": draw.image.to(device).float() / 255.0,
@@ -98,6 +102,9 @@ class PyramidDataManager(VanillaDataManager):
     """
 
     config: PyramidDataManagerConfig
+    near_planes: Callable[[Cameras], Float[Tensor, "c"]] | None = None
+    """Gives every photo's rays their near plane; the pipeline sets it, as the points come with the model's
+    checkpoint."""
 
     def __init__(
         self,
@@ -121,13 +128,15 @@ class PyramidDataManager(VanillaDataManager):
         self.dataparser_config = config.dataparser
         checks.check_config(config.dataparser)
 
-        outputs = self._parse_train_split()
+        outputs = self._parse_train_split(points=test_mode == "val")
         checks.check_outputs(outputs, "train", photos=test_mode != "inference")
-        cameras = copy.deepcopy(outputs.cameras)
-        cameras.rescale_output_resolution(config.camera_res_scale_factor)
-        scene = build_sfm_scene(outputs, cameras)
-        CONSOLE.log(f"{len(scene.points)} SfM points ({scene.source}), near plane {scene.near:.3g}")
-        kept = {key: value for key, value in outputs.metadata.items() if key not in _TRACK_KEYS}
+        scene = SfMScene.placeholder()
+        if test_mode == "val":  # else the model loads a checkpoint, with the tree in it
+            cameras = copy.deepcopy(outputs.cameras)
+            cameras.rescale_output_resolution(config.camera_res_scale_factor)
+            scene = build_sfm_scene(outputs, cameras)
+            CONSOLE.log(f"{len(scene.points)} SfM points ({scene.source}), near plane {scene.near:.3g}")
+        kept = {key: value for key, value in outputs.metadata.items() if key != "tracks"}
         outputs.metadata = {**kept, "sfm_scene": scene}
 
         self.train_dataparser_outputs = outputs
@@ -144,29 +153,34 @@ class PyramidDataManager(VanillaDataManager):
         dataparser = config.setup()
         if self.test_mode == "inference":
             dataparser.downscale_factor = 1  # nerfstudio's way not to open photos
+            if isinstance(dataparser, ColmapDataParser):
+                dataparser._downscale_factor = 1
         if isinstance(dataparser, Nerfstudio):
             dataparser.prompted_user = True  # else it may ask whether to rewrite the capture
             dataparser.create_pc = False
         return dataparser
 
-    def _parse_train_split(self) -> DataparserOutputs:
-        """Outputs of the train split, with SfM points and tracks if there are any."""
+    def _parse_train_split(self, points: bool) -> DataparserOutputs:
+        """Outputs of the train split, on demand with SfM points and tracks if there are any."""
         config = self.config.dataparser
         points_error = None
-        try:
-            outputs = self._make_dataparser(_with_points(config, True)).get_dataparser_outputs(split="train")
-        except Exception as error:
-            points_error = error
+        if points:
+            try:
+                outputs = self._make_dataparser(_with_points(config, True)).get_dataparser_outputs(split="train")
+            except Exception as error:
+                points_error = error
+        if not points or points_error is not None:
             try:
                 outputs = self._make_dataparser(_with_points(config, False)).get_dataparser_outputs(split="train")
-            except Exception as other_error:
-                raise checks.explain(other_error, config) from other_error
+            except Exception as error:
+                raise checks.explain(error, config) from error
+        if not points:
+            return outputs
         if "points3D_xyz" not in outputs.metadata:
             self._add_ply_points(outputs, points_error)
-        colmap_path = getattr(config, "colmap_path", None)
-        if colmap_path is not None and "points3D_image_ids" in outputs.metadata:
-            ids = colmap_image_ids(config.data / colmap_path, outputs.image_filenames)
-            outputs.metadata = {**outputs.metadata, "colmap_image_ids": ids}
+        elif isinstance(config, ColmapDataParserConfig):
+            tracks = colmap_tracks(config.data / config.colmap_path, outputs.image_filenames)
+            outputs.metadata = {**outputs.metadata, "tracks": tracks}
         return outputs
 
     def _add_ply_points(self, outputs: DataparserOutputs, error: Exception | None) -> None:
@@ -176,7 +190,8 @@ class PyramidDataManager(VanillaDataManager):
         if transforms is not None and "ply_file_path" in meta:
             path = transforms.parent / meta["ply_file_path"]
             try:
-                points = ply_points(path, outputs, meta.get("applied_transform"))
+                implied = IMPLIED_TRANSFORM if (transforms.parent / "colmap/sparse/0").exists() else None
+                points = ply_points(path, outputs, meta.get("applied_transform", implied))
                 outputs.metadata = {**outputs.metadata, **points}
                 return
             except Exception as ply_error:  # whatever is wrong with the file, training can go on without it
@@ -190,12 +205,12 @@ class PyramidDataManager(VanillaDataManager):
         try:
             try:
                 outputs = self.dataparser.get_dataparser_outputs(split=self.test_split)
-            except FileNotFoundError as error:
-                if self.test_split != "val":
+            except (FileNotFoundError, RuntimeError) as error:
+                missing = isinstance(error, FileNotFoundError) or "split val is missing" in str(error)
+                if self.test_split != "val" or not missing:
                     raise
-                CONSOLE.log(
-                    f"[yellow]infnerf: no 'val' split ({error.filename or error}): the 'test' split is held out instead"
-                )
+                why = getattr(error, "filename", None) or error
+                CONSOLE.log(f"[yellow]infnerf: no 'val' split ({why}): the 'test' split is held out instead")
                 self.test_split = "test"
                 outputs = self.dataparser.get_dataparser_outputs(split=self.test_split)
         except Exception as error:
@@ -217,12 +232,12 @@ class PyramidDataManager(VanillaDataManager):
 
     @cached_property
     def _train_source(self) -> _RaySource:
-        return self._load_source(self.train_dataset, "train", self.config.ray_table_mib << 20)
+        return self._load_source(self.train_dataset, "train", self.config.ray_table_mib << 20, self.config.level_share)
 
     @cached_property
     def _eval_source(self) -> _RaySource:
         self._require_eval_photos()
-        return self._load_source(self.eval_dataset, "held-out", 0)
+        return self._load_source(self.eval_dataset, "held-out", 0, 0.0)
 
     @cached_property
     def fixed_indices_eval_dataloader(self) -> FixedIndicesEvalDataloader:
@@ -243,35 +258,56 @@ class PyramidDataManager(VanillaDataManager):
                 "change --eval-mode / --train-split-fraction / --eval-interval of the dataparser"
             )
 
-    def _load_source(self, dataset: InputDataset, name: str, table_bytes: int) -> _RaySource:
+    def _load_source(self, dataset: InputDataset, name: str, table_bytes: int, level_share: float) -> _RaySource:
+        config = self.config
         pyramid = load_pyramid(
             dataset,
-            self.config.num_pyramid_levels,
+            # Rays outside of training are for point clouds, which want the photos at full size only.
+            config.num_pyramid_levels if self.test_mode == "val" else 1,
             name,
-            self.config.pixel_sampler.ignore_mask,
-            self.config.level_share,
+            ignore_masks=config.pixel_sampler.ignore_mask,
+            level_share=level_share,
+            crop_radius=self._crop_radius(dataset),
         )
         if not pyramid.any_valid():
             raise InputError(f"the masks hide every pixel of the {name} photos: in a mask 0 means ignore")
-        if self.config.images_on_gpu:
+        if config.images_on_gpu:
             pyramid.to(self.device)
         return _RaySource(pyramid, PyramidRays(dataset.cameras.to(self.device), pyramid, table_bytes))
+
+    def _crop_radius(self, dataset: InputDataset) -> float | None:
+        """Radius in pixels of the part of a fisheye photo that counts. nerfstudio's is one of the full-size photo, for
+        downscaled copies as well."""
+        radius = (dataset.cameras.metadata or {}).get("fisheye_crop_radius")
+        if radius is None:
+            return None
+        return float(radius) * dataset.scale_factor / (getattr(self.dataparser, "downscale_factor", None) or 1)
+
+    @cached_property
+    def _train_nears(self) -> Float[Tensor, "c"] | None:
+        return None if self.near_planes is None else self.near_planes(self.train_dataset.cameras).to(self.device)
+
+    @cached_property
+    def _eval_nears(self) -> Float[Tensor, "c"] | None:
+        return None if self.near_planes is None else self.near_planes(self.eval_dataset.cameras).to(self.device)
 
     def next_train(self, step: int) -> tuple[RayBundle, dict[str, Tensor]]:
         """R random rays of the train photos.
 
         Returns:
-            rays [R] with the pixel area of their own level and the photo as camera index; batch with ``image [R, 3 or
-            4]`` float32 in 0..1, ``indices [R, 3]`` (photo, row, column; the latter two within the level) and
-            ``pyramid_level [R]`` int64.
+            rays [R] with the pixel area of their own level, the photo as camera index and its near plane; batch with
+            ``image [R, 3 or 4]`` float32 in 0..1, ``indices [R, 3]`` (photo, row, column; the latter two within the
+            level) and ``pyramid_level [R]`` int64.
         """
         self.train_count += 1
-        return self._train_source.batch(self.get_train_rays_per_batch(), self.config.patch_size)
+        rays, batch = self._train_source.batch(self.get_train_rays_per_batch(), self.config.patch_size)
+        return _with_nears(rays, self._train_nears), batch
 
     def next_eval(self, step: int) -> tuple[RayBundle, dict[str, Tensor]]:
         """R random rays of the held-out photos, as :meth:`next_train`."""
         self.eval_count += 1
-        return self._eval_source.batch(self.get_eval_rays_per_batch(), self.config.patch_size)
+        rays, batch = self._eval_source.batch(self.get_eval_rays_per_batch(), self.config.patch_size)
+        return _with_nears(rays, self._eval_nears), batch
 
     def next_eval_image(self, step: int) -> tuple[Cameras, dict[str, Any]]:
         """A random held-out photo at full size."""
@@ -291,6 +327,10 @@ class PyramidDataManager(VanillaDataManager):
         """
         image = batch["image"]
         mask = batch.get("mask")
+        radius = self._crop_radius(self.eval_dataset)
+        if radius is not None:
+            circle = torch.from_numpy(_circle(*image.shape[:2], radius))[..., None].to(image.device)
+            mask = circle if mask is None else mask.bool() & circle
         for level in range(num_levels(*image.shape[:2], self.config.num_pyramid_levels)):
             level_image = level_mean(image, level)
             level_camera = copy.deepcopy(camera)
@@ -305,18 +345,30 @@ class PyramidDataManager(VanillaDataManager):
             yield level, level_camera, level_image, level_mask
 
 
+def _with_nears(rays: RayBundle, nears: Float[Tensor, "c"] | None) -> RayBundle:
+    if nears is not None:
+        rays.nears = nears[rays.camera_indices]
+    return rays
+
+
 def _with_points(config: DataParserConfig, points: bool) -> DataParserConfig:
-    """A copy of the dataparser's config that loads, or does not load, SfM points and their tracks."""
+    """A copy of the dataparser's config that loads, or does not load, SfM points."""
     config = copy.copy(config)
     if hasattr(config, "load_3D_points"):
         config.load_3D_points = points
     if hasattr(config, "max_2D_matches_per_3D_point"):
-        config.max_2D_matches_per_3D_point = -1 if points else 0
+        config.max_2D_matches_per_3D_point = 0  # colmap_tracks reads them without padding
     return config
 
 
 def load_pyramid(
-    dataset: InputDataset, max_levels: int, name: str, ignore_masks: bool = False, level_share: float = 0.0
+    dataset: InputDataset,
+    max_levels: int,
+    name: str,
+    *,
+    ignore_masks: bool = False,
+    level_share: float = 0.0,
+    crop_radius: float | None = None,
 ) -> PixelPyramid:
     """Decodes all photos of a dataset, in threads, into a pyramid.
 
@@ -326,17 +378,18 @@ def load_pyramid(
         name: of the split, for the progress bar.
         ignore_masks: draw masked pixels, too.
         level_share: share of the draws in which every level has the same chance.
+        crop_radius: pixels farther from the middle of a photo are masked.
 
     Raises:
-        InputError: a photo or mask cannot be decoded.
+        InputError: a photo or mask cannot be decoded, or the photos do not fit into memory.
     """
     outputs = dataset._dataparser_outputs
     headers = [_header(path) for path in dataset.image_filenames]
     sizes = [(int(height * dataset.scale_factor), int(width * dataset.scale_factor)) for width, height, _ in headers]
     composited = outputs.alpha_color is not None
     channels = 3 if composited else max(3, max(bands for _, _, bands in headers))
-    crop_radius = (dataset.cameras.metadata or {}).get("fisheye_crop_radius")
     masked = (outputs.mask_filenames is not None and not ignore_masks) or crop_radius is not None
+    _check_memory(sizes, channels + masked, max_levels, name)
     pyramid = PixelPyramid(sizes, channels, max_levels, masked, level_share)
     image_type = (
         "float32" if composited or dataset.mask_color else "uint8"
@@ -345,8 +398,8 @@ def load_pyramid(
     def load(index: int) -> None:
         try:
             data = dataset.get_data(index, image_type=image_type)
-        except Exception as error:
-            raise checks.unreadable(dataset.image_filenames[index], "photo", error) from error
+        except (OSError, SyntaxError, ValueError, AssertionError) as error:
+            raise _unreadable(dataset, index, error) from error
         image = data["image"].numpy()
         if image.dtype != np.uint8:
             image = np.rint(image * 255.0).astype(np.uint8)
@@ -354,7 +407,7 @@ def load_pyramid(
             image = np.concatenate([image, np.full_like(image[..., :1], 255)], axis=-1)
         mask = data["mask"][..., 0].numpy() if "mask" in data and not ignore_masks else None
         if crop_radius is not None:
-            circle = _circle(image.shape[0], image.shape[1], float(crop_radius) * dataset.scale_factor)
+            circle = _circle(image.shape[0], image.shape[1], crop_radius)
             mask = circle if mask is None else mask & circle
         pyramid.set_photo(index, image, mask)
 
@@ -363,6 +416,34 @@ def load_pyramid(
         for _ in track(done, f"Loading {len(dataset)} {name} photos", len(dataset), console=CONSOLE, transient=True):
             pass
     return pyramid
+
+
+def _check_memory(sizes: list[tuple[int, int]], bytes_per_pixel: int, max_levels: int, name: str) -> None:
+    """One line before anything is loaded if the pyramids do not fit into memory."""
+    pixels = sum(
+        (height >> level) * (width >> level)
+        for height, width in sizes
+        for level in range(num_levels(height, width, max_levels))
+    )
+    needed, free = pixels * bytes_per_pixel, psutil.virtual_memory().available
+    if needed > free:
+        raise InputError(
+            f"the {len(sizes)} {name} photos need {needed / 2**30:.1f} GiB, but only {free / 2**30:.1f} GiB of memory"
+            " are free: train on smaller photos with --pipeline.datamanager.camera-res-scale-factor 0.5, or the"
+            " dataparser's --downscale-factor"
+        )
+
+
+def _unreadable(dataset: InputDataset, index: int, error: Exception) -> InputError:
+    """The line for a photo whose pixels, or whose mask, cannot be decoded."""
+    masks = dataset._dataparser_outputs.mask_filenames
+    if masks is not None:
+        try:
+            with Image.open(masks[index]) as mask:
+                mask.load()
+        except (OSError, SyntaxError, ValueError) as mask_error:
+            return checks.unreadable(masks[index], "mask", mask_error)
+    return checks.unreadable(dataset.image_filenames[index], "photo", error)
 
 
 def _header(path: Path) -> tuple[int, int, int]:

@@ -14,21 +14,19 @@ supplement). Which photos observe a point comes from the best source there is:
 from __future__ import annotations
 
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
-import numpy as np
 import torch
 from jaxtyping import Bool, Float, Int
 from nerfstudio.cameras.cameras import Cameras, CameraType
 from nerfstudio.data.dataparsers.base_dataparser import DataparserOutputs
-from nerfstudio.data.utils.colmap_parsing_utils import read_images_binary, read_images_text
 from nerfstudio.utils.rich_utils import CONSOLE
+from rich.progress import track
 from torch import Tensor
 
+from infnerf_ns.data.point_files import Tracks
 from infnerf_ns.data.projection import project, single_cameras
 from infnerf_ns.footprint import point_footprint
-from infnerf_ns.near_plane import photo_near_planes
 
 MIN_PHOTOS = 3
 """A point seen in fewer photos is dropped: its position is not reliable."""
@@ -49,7 +47,6 @@ FRUSTUM_PHOTOS = 48
 SHARED_PHOTOS = 8
 """Parallel frusta meet at the depth where a typical point is seen by this many photos."""
 _MAX_KEPT_DISTANCES = 16_000_000
-_POINT_CHUNK = 65_536
 
 
 @dataclass
@@ -64,10 +61,14 @@ class SfMScene:
     """train photos that see the point"""
     near: float
     """half of the 0.1 percentile of the distances between cameras and the points that they see, scene units"""
-    photo_nears: Float[Tensor, "c"]
-    """near plane of each train photo, scene units; none is below ``near``"""
-    source: Literal["tracks", "visibility", "frusta"]
-    """where the visibility comes from"""
+    source: Literal["tracks", "visibility", "frusta", "checkpoint"]
+    """where the visibility comes from; ``checkpoint``: nothing is known yet, all of it comes with the checkpoint"""
+
+    @staticmethod
+    def placeholder() -> SfMScene:
+        """A scene without content for a model that is going to load a checkpoint, which holds its own tree."""
+        points, unseen = torch.eye(3), torch.full((3,), torch.inf)
+        return SfMScene(points, unseen, torch.zeros(3, dtype=torch.int64), 1.0, "checkpoint")
 
 
 class _Observations(NamedTuple):
@@ -86,8 +87,7 @@ def build_sfm_scene(dataparser_outputs: DataparserOutputs, cameras: Cameras) -> 
     Args:
         dataparser_outputs: outputs of the *train* split. Its metadata may hold ``points3D_xyz [N, 3]`` and beside it
             either ``points3D_track_footprint [N]`` (with ``points3D_num_points2D [N]`` and
-            ``points3D_depth_percentile``), or COLMAP's ``points3D_image_ids [N, T]`` (-1 = none) with
-            ``colmap_image_ids [C]``, the COLMAP id of every train photo.
+            ``points3D_depth_percentile``), or ``tracks``, the :class:`~infnerf_ns.data.point_files.Tracks` of COLMAP.
         cameras: the C train cameras at the resolution that is trained, in the order of the dataparser's.
 
     Returns:
@@ -101,9 +101,9 @@ def build_sfm_scene(dataparser_outputs: DataparserOutputs, cameras: Cameras) -> 
         return _frusta_scene(cameras, "the dataparser gives no SfM points")
     points = torch.as_tensor(points).detach().to("cpu", torch.float32)
     if "points3D_track_footprint" in metadata:
-        return _given_scene(points, metadata, dataparser_outputs.cameras.fx.cpu(), cameras)
-    if "points3D_image_ids" in metadata and "colmap_image_ids" in metadata:
-        source, observations = "tracks", _observe_tracks(points, metadata, cameras)
+        return _given_scene(points, metadata, float((dataparser_outputs.cameras.fx.cpu() / cameras.fx).median()))
+    if "tracks" in metadata:
+        source, observations = "tracks", _observe_tracks(points, metadata["tracks"], cameras)
     else:
         source, observations = "visibility", _observe_visible(points, cameras)
     finite = (
@@ -115,9 +115,7 @@ def build_sfm_scene(dataparser_outputs: DataparserOutputs, cameras: Cameras) -> 
     if not keep.any():
         return _frusta_scene(cameras, f"no train photo sees any of the {len(points)} SfM points")
     near = _near_plane(observations.distances[keep[observations.distance_points]])
-    points = points[keep]
-    nears = photo_near_planes(points, cameras, near)
-    return SfMScene(points, observations.footprints[keep], observations.num_photos[keep], near, nears, source)
+    return SfMScene(points[keep], observations.footprints[keep], observations.num_photos[keep], near, source)
 
 
 def _pixels_per_radian(cameras: Cameras) -> Float[Tensor, "c"]:
@@ -137,47 +135,28 @@ def _near_plane(distances: Float[Tensor, "k"]) -> float:
     return 0.5 * float(torch.kthvalue(distances, rank).values)
 
 
-def _given_scene(
-    points: Float[Tensor, "n 3"], metadata: dict[str, Any], focal: Float[Tensor, "c 1"], cameras: Cameras
-) -> SfMScene:
-    """The dataparser knows the footprints itself, in pixels of its own photos with the focal length ``focal``."""
-    downscale = float((focal / cameras.fx).median())
+def _given_scene(points: Float[Tensor, "n 3"], metadata: dict[str, Any], downscale: float) -> SfMScene:
+    """The dataparser knows the footprints itself; ``downscale`` is photo resolution over trained resolution."""
     footprints = torch.as_tensor(metadata["points3D_track_footprint"], dtype=torch.float32) * downscale
     counts = torch.as_tensor(metadata["points3D_num_points2D"], dtype=torch.int64)
     keep = counts >= MIN_PHOTOS
     if not keep.any():
         keep = torch.ones_like(keep)
     near = 0.5 * float(metadata["points3D_depth_percentile"])
-    points = points[keep]
-    return SfMScene(points, footprints[keep], counts[keep], near, photo_near_planes(points, cameras, near), "tracks")
+    return SfMScene(points[keep], footprints[keep], counts[keep], near, "tracks")
 
 
-def _observe_tracks(points: Float[Tensor, "n 3"], metadata: dict[str, Any], cameras: Cameras) -> _Observations:
-    """Observations from COLMAP's tracks; photos that are not in ``colmap_image_ids`` (the held-out ones) are
-    ignored."""
-    sorted_ids, camera_of_id = torch.as_tensor(metadata["colmap_image_ids"]).sort()
-    focal = _pixels_per_radian(cameras)
-    perspective = cameras.camera_type[:, 0] == CameraType.PERSPECTIVE.value
-    footprints, counts, distances, distance_points = [], [], [], []
-    for start in range(0, len(points), _POINT_CHUNK):
-        ids = metadata["points3D_image_ids"][start : start + _POINT_CHUNK].sort(dim=-1).values
-        slot = torch.searchsorted(sorted_ids, ids).clamp(max=len(sorted_ids) - 1)
-        seen = sorted_ids[slot] == ids
-        seen[:, 1:] &= ids[:, 1:] != ids[:, :-1]  # a track may hold a photo twice
-        row, column = seen.nonzero(as_tuple=True)
-        camera = camera_of_id[slot[row, column]]
-        pose = cameras.camera_to_worlds[camera]
-        offset = points[start + row] - pose[:, :, 3]
-        distance = offset.norm(dim=-1)
-        depth = torch.where(perspective[camera], -(offset * pose[:, :, 2]).sum(-1), distance)
-        finest = torch.full((len(ids),), torch.inf)
-        size = point_footprint(depth, distance, focal[camera])
-        finest.scatter_reduce_(0, row, torch.where(depth > 0, size, torch.inf), "amin")
-        footprints.append(finest)
-        counts.append(seen.sum(-1))
-        distances.append(distance)
-        distance_points.append(start + row)
-    return _Observations(*(torch.cat(parts) for parts in (footprints, counts, distances, distance_points)))
+def _observe_tracks(points: Float[Tensor, "n 3"], tracks: Tracks, cameras: Cameras) -> _Observations:
+    """Observations from COLMAP's tracks."""
+    pose = cameras.camera_to_worlds[tracks.photo]
+    offset = points[tracks.point] - pose[:, :, 3]
+    distance = offset.norm(dim=-1)
+    perspective = (cameras.camera_type[:, 0] == CameraType.PERSPECTIVE.value)[tracks.photo]
+    depth = torch.where(perspective, -(offset * pose[:, :, 2]).sum(-1), distance)
+    size = point_footprint(depth, distance, _pixels_per_radian(cameras)[tracks.photo])
+    finest = torch.full((len(points),), torch.inf)
+    finest.scatter_reduce_(0, tracks.point, torch.where(depth > 0, size, torch.inf), "amin")
+    return _Observations(finest, torch.bincount(tracks.point, minlength=len(points)), distance, tracks.point)
 
 
 def _observe_visible(points: Float[Tensor, "n 3"], cameras: Cameras) -> _Observations:
@@ -187,7 +166,14 @@ def _observe_visible(points: Float[Tensor, "n 3"], cameras: Cameras) -> _Observa
     counts = torch.zeros(len(points), dtype=torch.int64)
     stride = max(1, len(points) * len(cameras) // _MAX_KEPT_DISTANCES)
     distances, distance_points = [], []
-    for camera, focal in zip(single_cameras(cameras), _pixels_per_radian(cameras)):
+    photos = track(
+        zip(single_cameras(cameras), _pixels_per_radian(cameras)),
+        "Finding which photos see which points",
+        len(cameras),
+        console=CONSOLE,
+        transient=True,
+    )
+    for camera, focal in photos:
         projection = project(camera, points)
         index = projection.inside.nonzero()[:, 0]
         if len(index) == 0:
@@ -244,8 +230,7 @@ def _frusta_scene(cameras: Cameras, why: str) -> SfMScene:
     keep = torch.isfinite(footprints) & (counts >= MIN_PHOTOS)
     if not keep.any():
         keep = torch.isfinite(footprints)
-    points, near = points[keep], _near_plane(own_distance)
-    return SfMScene(points, footprints[keep], counts[keep], near, photo_near_planes(points, cameras, near), "frusta")
+    return SfMScene(points[keep], footprints[keep], counts[keep], _near_plane(own_distance), "frusta")
 
 
 def _frustum_points(cameras: Cameras, depth: Tensor | float) -> Float[Tensor, "m 3"]:
@@ -286,46 +271,3 @@ def _shared_depth(cameras: Cameras) -> float:
         if float(seen.double().median()) >= wanted:
             return depth
     return spread
-
-
-def colmap_image_ids(model: Path, image_filenames: list[Path]) -> Int[Tensor, "c"]:
-    """COLMAP's image id of each photo, by file name; -1 for a photo that is not in the model.
-
-    Args:
-        model: folder with ``images.bin`` or ``images.txt``.
-        image_filenames: photos; their paths end in the name that COLMAP knows.
-    """
-    binary = model / "images.bin"
-    images = read_images_binary(binary) if binary.exists() else read_images_text(model / "images.txt")
-    ids = {Path(image.name).parts: number for number, image in images.items()}
-    lengths = {len(parts) for parts in ids}
-    return torch.tensor(
-        [next((ids[name.parts[-n:]] for n in lengths if name.parts[-n:] in ids), -1) for name in image_filenames]
-    )
-
-
-def ply_points(
-    path: Path, outputs: DataparserOutputs, applied_transform: list[list[float]] | None
-) -> dict[str, Tensor]:
-    """Points of a ply file in the frame of the dataparser's cameras, as metadata: ``points3D_xyz``, ``points3D_rgb``.
-
-    What nerfstudio's own dataparser reads with open3d, for where open3d cannot be imported (it needs system libraries).
-
-    Args:
-        path: the ``ply_file_path`` of a ``transforms.json``.
-        outputs: parsed from that file.
-        applied_transform: the ``applied_transform [3, 4]`` of that file, if any.
-    """
-    import trimesh  # takes a second
-
-    cloud = trimesh.load(path)
-    points = torch.from_numpy(np.asarray(cloud.vertices, dtype=np.float64))
-    to_cameras = outputs.dataparser_transform.double()
-    if applied_transform is not None:
-        applied = torch.cat([torch.tensor(applied_transform).double(), torch.tensor([[0.0, 0.0, 0.0, 1.0]]).double()])
-        to_cameras = to_cameras @ torch.linalg.inv(applied)
-    points = (points @ to_cameras[:, :3].T + to_cameras[:, 3]) * outputs.dataparser_scale
-    colours = getattr(cloud, "colors", None)
-    if colours is None or len(colours) != len(points):
-        colours = np.zeros((len(points), 3), dtype=np.uint8)
-    return {"points3D_xyz": points.float(), "points3D_rgb": torch.from_numpy(np.array(colours[:, :3], dtype=np.uint8))}
