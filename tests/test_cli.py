@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+import csv
 from pathlib import Path
 
 import pytest
+import torch
+from nerfstudio.cameras.cameras import Cameras
+from PIL import Image
+from tiny_capture import write_capture
 
 from infnerf_ns.cli import bench, picture
+from infnerf_ns.cli.bench_quality import Quality, held_out_psnr
 from infnerf_ns.errors import InputError
 
 
@@ -22,3 +28,70 @@ def test_bench_prints_a_row_per_tree(capsys: pytest.CaptureFixture[str]) -> None
 def test_picture_of_nothing(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="no such file; give a run's config.yml"):
         picture.Picture(load_config=tmp_path / "config.yml", output=tmp_path / "out.png").main()
+
+
+def test_quality_trains_ours_and_nerfacto_and_writes_table_and_plot(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write_capture(tmp_path / "data")
+    output = tmp_path / "results" / "tiny"
+    Quality(tmp_path / "data", ("infnerf-small", "nerfacto"), (0.002, 0.01), pixels=50, output=output).main()
+    with open(output.with_suffix(".csv")) as file:
+        rows = list(csv.DictReader(file))
+    assert [(row["method"], row["minutes"]) for row in rows] == [
+        (method, minutes) for method in ("infnerf-small", "nerfacto") for minutes in ("0.002", "0.01")
+    ]
+    assert int(rows[1]["steps"]) > int(rows[0]["steps"]) >= 1
+    for row in rows:
+        assert {"psnr_1", "psnr_1/2"} < set(row) and all(0 < float(row[name]) < 60 for name in row if "psnr" in name)
+    assert Image.open(output.with_suffix(".png")).size[0] > 300
+    assert "$ " in capsys.readouterr().out, "the command is printed"
+
+
+class _Constant(torch.nn.Module):
+    """Renders one colour, and remembers where."""
+
+    device = torch.device("cpu")
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.rays = 0
+
+    def forward(self, rays) -> dict[str, torch.Tensor]:
+        self.rays += len(rays)
+        return {"rgb": torch.full((len(rays), 3), 0.5)}
+
+
+def test_held_out_psnr_of_a_known_error() -> None:
+    """The photo is 0.6 in its left and 0.4 in its right half: the error is 0.1 everywhere, 20 dB at every level."""
+    image = torch.full((32, 64, 3), 0.6)
+    image[:, 32:] = 0.4
+    cameras = Cameras(torch.eye(4)[None, :3], 30.0, 30.0, 32.0, 16.0, 64, 32)
+
+    class Photos(list):
+        pass
+
+    photos = Photos([{"image": image}])
+    photos.cameras = cameras
+    model = _Constant()
+    psnr, rays = held_out_psnr(model, photos, 100, seed=0)
+    assert psnr == {
+        "1": pytest.approx(20, abs=1e-3),
+        "1/2": pytest.approx(20, abs=1e-3),
+        "1/4": pytest.approx(20, abs=1e-3),
+    }
+    assert rays == model.rays == 100 + 100 + 100
+    assert held_out_psnr(model, photos, 10_000, seed=0)[1] == 64 * 32 + 32 * 16 + 16 * 8
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        ({"methods": ("nerf",)}, "--methods nerf: there are root, nerfacto, infnerf"),
+        ({"minutes": (2.0, 1.0)}, "--minutes .* give rising numbers above 0"),
+        ({"data": Path("nowhere")}, "--data nowhere: there is neither a transforms.json nor a transforms_train.json"),
+    ],
+)
+def test_quality_of_wrong_options_is_one_line(tmp_path: Path, options: dict, message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        Quality(**{"data": tmp_path, "output": tmp_path / "out", **options}).main()

@@ -7,11 +7,9 @@ cube; the step times of the trees are taken in turns, so that whatever else the 
 
 from __future__ import annotations
 
-import platform
 from dataclasses import dataclass
 from time import perf_counter
 
-import numba
 import numpy as np
 import torch
 import tyro
@@ -19,6 +17,8 @@ from nerfstudio.cameras.rays import RayBundle
 from nerfstudio.data.scene_box import SceneBox
 from rich.progress import track
 
+from infnerf_ns.cli.bench_machine import describe_machine
+from infnerf_ns.cli.bench_quality import Quality
 from infnerf_ns.data.sfm import SfMScene
 from infnerf_ns.model import InfNeRFModel, InfNeRFModelConfig
 from infnerf_ns.training.optimizer import NodeAdam
@@ -47,11 +47,8 @@ class Nodes:
                 trainer.step(step)
                 if step >= self.warm_up:
                     row.append(perf_counter() - start)
-        print(
-            f"{platform.processor() or platform.machine()}, {numba.get_num_threads()} threads; "
-            f"torch {torch.__version__}, numba {numba.__version__}; "
-            f"{self.rays} rays per step, residual children, {self.steps} steps"
-        )
+        print(describe_machine())
+        print(f"{self.rays} rays per step, residual children, {self.steps} steps")
         print("nodes   ms per step (median, 10 % to 90 %)   ratio")
         first = float(np.median(times[0]))
         for trainer, row in zip(trainers, times):
@@ -109,4 +106,4 @@ class _Trainer:
 
 def entrypoint() -> None:
     """The console script."""
-    tyro.extras.subcommand_cli_from_dict({"nodes": Nodes}).main()
+    tyro.extras.subcommand_cli_from_dict({"quality": Quality, "nodes": Nodes}).main()

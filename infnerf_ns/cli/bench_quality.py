@@ -1,0 +1,263 @@
+"""``infnerf-bench quality``: minutes of training against held-out PSNR per pyramid level, ours and nerfacto's.
+
+Each method trains in this process by its own trainer's ``train_iteration``; the clock stands still while held-out
+photos are measured. All methods are measured on the same pixels. Our learning rates decay over the time instead of the
+steps, so that the last measurement is of a finished training; nerfacto keeps its own schedule.
+"""
+
+from __future__ import annotations
+
+import copy
+import csv
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import torch
+from nerfstudio.cameras.cameras import Cameras
+from nerfstudio.cameras.rays import RayBundle
+from nerfstudio.configs.base_config import ViewerConfig
+from nerfstudio.configs.method_configs import method_configs
+from nerfstudio.data.datamanagers.base_datamanager import VanillaDataManagerConfig
+from nerfstudio.data.dataparsers.base_dataparser import DataParserConfig
+from nerfstudio.data.dataparsers.blender_dataparser import BlenderDataParserConfig
+from nerfstudio.data.dataparsers.nerfstudio_dataparser import NerfstudioDataParserConfig
+from nerfstudio.data.datasets.base_dataset import InputDataset
+from nerfstudio.engine.callbacks import TrainingCallbackLocation
+from nerfstudio.engine.trainer import Trainer, TrainerConfig
+from nerfstudio.models.base_model import Model
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor
+
+from infnerf_ns.cli.bench_machine import describe_machine
+from infnerf_ns.data.demo_dataparser import InfNeRFDemoDataParserConfig
+from infnerf_ns.data.pyramid import level_mean, num_levels
+from infnerf_ns.errors import InputError
+from infnerf_ns.model import InfNeRFModel
+from infnerf_ns.presets import load_preset, preset_names
+
+PYRAMID_LEVELS = 5
+_CHUNK = 4096
+_ENDLESS = 10_000_000
+_WARM_UP_STEPS = 50
+_LR_FINAL = 0.03
+"""Share of the learning rate that is left at the end."""
+
+
+@dataclass
+class Quality:
+    """Minutes of training against held-out PSNR per pyramid level, for several methods."""
+
+    data: Path
+    """Capture: a folder with transforms.json or transforms_train.json, or the word `demo`."""
+    methods: tuple[str, ...] = ("infnerf", "nerfacto")
+    """What is trained: a preset of this package, `root` (the preset infnerf with its root alone), or `nerfacto`."""
+    minutes: tuple[float, ...] = (1.0, 2.0, 5.0, 10.0)
+    """When the held-out photos are measured; the last is the length of the training."""
+    scale: float = 1.0
+    """Size of the photos, relative."""
+    pixels: int = 2048
+    """Held-out pixels per photo and pyramid level."""
+    clock: Literal["wall", "cpu"] = "wall"
+    """wall: minutes of the clock; cpu: minutes of the processor over all threads, for a machine that is not idle."""
+    seed: int = 42
+    """Of the trainings and of the pixels."""
+    output: Path = Path("quality")
+    """Table and plot: this name with .csv and .png."""
+
+    def main(self) -> None:
+        """Trains, measures, prints a table, writes it and a plot."""
+        if min(self.minutes) <= 0 or list(self.minutes) != sorted(self.minutes):
+            raise InputError(f"--minutes {self.minutes}: give rising numbers above 0")
+        print(describe_machine())
+        rows: list[dict] = []
+        for method in self.methods:
+            for row in self._train(method):
+                rows.append({"method": method, **row})
+                print(_line(rows[-1]), flush=True)
+        _print_table(rows)
+        self.output.parent.mkdir(parents=True, exist_ok=True)
+        with open(self.output.with_suffix(".csv"), "w", newline="") as file:
+            writer = csv.DictWriter(file, list(rows[0]))
+            writer.writeheader()
+            writer.writerows(rows)
+        _plot(rows, self.output.with_suffix(".png"), f"{self.data.name}, {self.clock} time")
+        print(f"infnerf: wrote {self.output.with_suffix('.csv')} and {self.output.with_suffix('.png')}")
+
+    def _train(self, method: str) -> Iterator[dict]:
+        """A row per measurement."""
+        torch.manual_seed(self.seed)
+        trainer = self._trainer(method)
+        now: Callable[[], float] = time.process_time if self.clock == "cpu" else time.perf_counter
+        budget = 60 * self.minutes[-1]
+        # The first step compiles kernels that every later run finds in numba's cache.
+        _step(trainer, 0)
+        spent, step = 0.0, 1
+        for minute in self.minutes:
+            while spent < 60 * minute:
+                start = now()
+                if isinstance(trainer.pipeline.model, InfNeRFModel):
+                    _set_rates(trainer, step, spent / budget)
+                _step(trainer, step)
+                spent += now() - start
+                step += 1
+            rays = step * trainer.pipeline.datamanager.get_train_rays_per_batch()
+            row = {"minutes": minute, "steps": step, "rays_per_s": round(rays / spent)}
+            trainer.pipeline.eval()
+            start = now()
+            dataset = trainer.pipeline.datamanager.eval_dataset
+            psnr, measured = held_out_psnr(trainer.pipeline.model, dataset, self.pixels, self.seed)
+            row["render_rays_per_s"] = round(measured / (now() - start))
+            trainer.pipeline.train()
+            yield {**row, **{f"psnr_{level}": round(value, 2) for level, value in psnr.items()}}
+
+    def _trainer(self, method: str) -> Trainer:
+        config = self._config(method)
+        config.output_dir, config.experiment_name, config.timestamp = self.output.parent, self.output.name, method
+        config.vis, config.viewer = "tensorboard", ViewerConfig(quit_on_train_completion=True)
+        config.machine.seed = self.seed
+        config.max_num_iterations = _ENDLESS
+        with _lpips_without_weights():
+            trainer = config.setup(local_rank=0, world_size=1)
+            trainer.setup()
+        return trainer
+
+    def _config(self, method: str) -> TrainerConfig:
+        if method == "nerfacto":
+            config = copy.deepcopy(method_configs["nerfacto"])
+            rays = config.pipeline.datamanager.train_num_rays_per_batch
+            config.pipeline.datamanager = VanillaDataManagerConfig(
+                train_num_rays_per_batch=rays, eval_num_rays_per_batch=rays
+            )
+            if not torch.cuda.is_available():
+                config.machine.device_type, config.mixed_precision = "cpu", False
+        elif method == "root" or method in preset_names():
+            config = load_preset("infnerf" if method == "root" else method)
+            if method == "root":
+                config.pipeline.model.octree.max_level = 0
+        else:
+            raise InputError(f"--methods {method}: there are root, nerfacto, {', '.join(preset_names())}")
+        datamanager = config.pipeline.datamanager
+        datamanager.dataparser, datamanager.data = self._dataparser(), None
+        datamanager.camera_res_scale_factor = self.scale
+        return config
+
+    def _dataparser(self) -> DataParserConfig:
+        if str(self.data) == "demo":
+            return InfNeRFDemoDataParserConfig()
+        if (self.data / "transforms_train.json").is_file():
+            return BlenderDataParserConfig(data=self.data)
+        if not (self.data / "transforms.json").is_file():
+            raise InputError(f"--data {self.data}: there is neither a transforms.json nor a transforms_train.json")
+        return NerfstudioDataParserConfig(
+            data=self.data, orientation_method="none", eval_mode="interval", eval_interval=8
+        )
+
+
+def _step(trainer: Trainer, step: int) -> None:
+    """One training step with the callbacks around it."""
+    for callback in trainer.callbacks:
+        callback.run_callback_at_location(step, location=TrainingCallbackLocation.BEFORE_TRAIN_ITERATION)
+    trainer.train_iteration(step)
+    for callback in trainer.callbacks:
+        callback.run_callback_at_location(step, location=TrainingCallbackLocation.AFTER_TRAIN_ITERATION)
+
+
+def _set_rates(trainer: Trainer, step: int, done: float) -> None:
+    """Learning rates at this share of the time: exponential decay after a short warm-up."""
+    factor = _LR_FINAL ** min(done, 1.0) * min(1.0, (step + 1) / _WARM_UP_STEPS)
+    for name, optimizer in trainer.optimizers.optimizers.items():
+        for group in optimizer.param_groups:
+            group["lr"] = trainer.optimizers.config[name]["optimizer"].lr * factor
+
+
+@torch.no_grad()
+def held_out_psnr(model: Model, dataset: InputDataset, pixels: int, seed: int) -> tuple[dict[str, float], int]:
+    """Mean PSNR per pyramid level over the photos of a dataset, on random pixels of each; and the number of rays.
+
+    Args:
+        model: in evaluation mode.
+        dataset: held-out photos.
+        pixels: per photo and level, without replacement; all of them where a level has fewer.
+        seed: the same seed takes the same pixels.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    psnr: dict[str, list[Tensor]] = {}
+    count = 0
+    for number in range(len(dataset)):
+        image = dataset[number]["image"][..., :3]
+        for level in range(num_levels(*image.shape[:2], PYRAMID_LEVELS)):
+            target = level_mean(image, level)
+            camera = copy.deepcopy(dataset.cameras[number : number + 1]).to(model.device)
+            camera.rescale_output_resolution(0.5**level)
+            camera.height = torch.full_like(camera.height, target.shape[0])
+            camera.width = torch.full_like(camera.width, target.shape[1])
+            chosen = torch.randperm(target.shape[0] * target.shape[1], generator=generator)[:pixels]
+            rays = _camera_rays(model, camera).flatten()[chosen.to(model.device)]
+            colors = torch.cat([model(rays[start : start + _CHUNK])["rgb"] for start in range(0, len(rays), _CHUNK)])
+            error = (colors.clamp(0, 1).cpu() - target.reshape(-1, 3)[chosen]).square().mean()
+            psnr.setdefault("1" if level == 0 else f"1/{2**level}", []).append(-10 * torch.log10(error))
+            count += len(chosen)
+    return {level: float(torch.stack(values).mean()) for level, values in psnr.items()}, count
+
+
+def _camera_rays(model: Model, camera: Cameras) -> RayBundle:
+    if isinstance(model, InfNeRFModel):
+        return model.camera_rays(camera)
+    return camera.generate_rays(camera_indices=0, keep_shape=True)
+
+
+@contextmanager
+def _lpips_without_weights() -> Iterator[None]:
+    """nerfacto builds an LPIPS network, which downloads its weights; it is not measured here, so it gets none."""
+    from torchmetrics.image import lpip
+
+    original = lpip.LearnedPerceptualImagePatchSimilarity
+    lpip.LearnedPerceptualImagePatchSimilarity = lambda **_: torch.nn.Identity()
+    try:
+        yield
+    finally:
+        lpip.LearnedPerceptualImagePatchSimilarity = original
+
+
+def _line(row: dict) -> str:
+    levels = " ".join(f"{value:.2f}" for name, value in row.items() if name.startswith("psnr_"))
+    return (
+        f"{row['method']} after {row['minutes']:g} min: {row['steps']} steps, {row['rays_per_s']} rays/s, {levels} dB"
+    )
+
+
+def _print_table(rows: list[dict]) -> None:
+    table = Table(title="held-out PSNR per pyramid level, dB")
+    for name in rows[0]:
+        table.add_column(name.removeprefix("psnr_"), justify="left" if name == "method" else "right")
+    for row in rows:
+        table.add_row(*(f"{value:g}" if isinstance(value, float) else str(value) for value in row.values()))
+    Console(width=120).print(table)
+
+
+def _plot(rows: list[dict], path: Path, title: str) -> None:
+    """PSNR over minutes, a panel per pyramid level."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    levels = [name for name in rows[0] if name.startswith("psnr_")]
+    figure, axes = pyplot.subplots(1, len(levels), figsize=(2.6 * len(levels), 3), sharey=True, squeeze=False)
+    for axis, level in zip(axes[0], levels):
+        for method in dict.fromkeys(row["method"] for row in rows):
+            own = [row for row in rows if row["method"] == method]
+            axis.plot([row["minutes"] for row in own], [row[level] for row in own], "o-", label=method)
+        axis.set(xscale="log", xlabel="minutes", title=f"photos at {level.removeprefix('psnr_')}")
+        axis.grid(alpha=0.3)
+    axes[0][0].set_ylabel("held-out PSNR, dB")
+    axes[0][-1].legend(fontsize="small")
+    figure.suptitle(title)
+    figure.tight_layout()
+    figure.savefig(path, dpi=110)
+    pyplot.close(figure)
