@@ -17,12 +17,21 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Annotated, Literal, NamedTuple
 
+import numpy as np
 import torch
 from jaxtyping import Float, Int
 from nerfstudio.field_components.activations import trunc_exp
 from torch import Tensor, nn
 
-from infnerf_ns.kernels import enable_bank_gradient, grouped_mlp, hash_encode
+from infnerf_ns.kernels import (
+    TreePaths,
+    enable_bank_gradient,
+    grouped_mlp,
+    hash_encode,
+    path_features,
+    path_sum,
+    use_numba,
+)
 from infnerf_ns.octree import Octree, RootCube
 from infnerf_ns.pages import PageLayout
 from infnerf_ns.validation import Range
@@ -250,6 +259,18 @@ class OctreeField(nn.Module):
         total = len(routed.node)
         if total == 0:
             return routed.unit.new_zeros(0, self.density_widths[0])
+        if residual and self._fused(routed.unit, routed.footprints):
+            banks = [bank.detach() if frozen else bank for bank in self.grids[: len(slices)]]
+            weighted = self.config.downweight and routed.footprints is not None
+            return path_features(
+                self._paths(routed.unit, routed.path),
+                [a for a, _ in slices],
+                routed.footprints if weighted else None,
+                [self._cells(level) for level in range(len(slices))],
+                banks,
+                self.layouts[: len(slices)],
+                self.density_widths[0],
+            )
         pieces = []
         for level, (a, b) in enumerate(slices):
             b = total if residual else b  # deeper samples come after, and read this level's features too
@@ -280,10 +301,23 @@ class OctreeField(nn.Module):
         if level == 0:  # outside of the cube the contraction shrinks a footprint (across the ray) as it shrinks space
             norm = (2 * unit.detach() - 1).abs().amax(dim=-1).clamp(min=1)
             footprints = footprints * (2 - 1 / norm) / norm
-        side = self.octree.cube.side * (2.0 if level == 0 else 2.0**-level)
-        cells = torch.from_numpy(side / layout.scales).to(footprints)
-        weight = torch.erf(self.config.downweight * cells / (8**0.5 * footprints[:, None].clamp(min=1e-12)))
+        cells = torch.from_numpy(self._cells(level)).to(footprints)
+        weight = torch.erf(cells / footprints[:, None].clamp(min=1e-12))
         return weight.repeat_interleave(layout.features, dim=1)
+
+    def _cells(self, level: int) -> np.ndarray:
+        """[L] of the hash levels of an octree level: what the footprint is compared with, scene units."""
+        side = self.octree.cube.side * (2.0 if level == 0 else 2.0**-level)
+        cells = self.config.downweight / 8**0.5 * side / self.layouts[level].scales.astype(np.float64)
+        return cells.astype(np.float32)
+
+    def _fused(self, unit: Tensor, footprints: Tensor | None) -> bool:
+        """Whether the kernels that follow the paths can be used: they give gradients to the banks alone."""
+        needs_gradient = unit.requires_grad or (footprints is not None and footprints.requires_grad)
+        return not (needs_gradient and torch.is_grad_enabled()) and use_numba(self.config.backend, unit)
+
+    def _paths(self, unit: Tensor, path: Tensor) -> TreePaths:
+        return TreePaths(unit, path, self.octree.coords, self.octree.first_of_level.tolist())
 
     def density(self, routed: Routed, frozen: bool = False) -> tuple[Float[Tensor, "M"], Float[Tensor, "M geo"]]:
         """Density per scene unit and geometry features of routed samples (in routed order).
@@ -328,6 +362,11 @@ class OctreeField(nn.Module):
         octree = self.octree
         unit = octree.cube.to_unit(positions)
         path = octree.route(unit, footprints, int(self.active_level))
+        if self._fused(unit, footprints):
+            levels = path.shape[1]
+            paths = self._paths(unit, path)
+            log_density = path_sum(paths, list(self.proposals[:levels]), self.proposal_layouts[:levels])
+            return trunc_exp(log_density - 1.0) * (2.0 / octree.cube.side)
         log_density = 0.0
         for level in range(path.shape[1]):
             node = path[:, level]

@@ -95,7 +95,7 @@ def test_in_place_gradient_equals_autograd_and_flags_what_was_touched() -> None:
     assert flags.touched.float().mean() < 0.9
 
 
-@pytest.mark.parametrize("widths", [(12, 16, 3), (7, 3), (20, 16, 16, 5)])
+@pytest.mark.parametrize("widths", [(12, 16, 3), (7, 3), (20, 16, 16, 5), (13, 24, 16), (39, 64, 64, 3), (6, 8, 7, 9)])
 @pytest.mark.parametrize("sizes", [[5], [40, 0, 3, 100, 1], [64, 64], [1, 1, 1, 500]])
 def test_grouped_mlp_numba_is_the_reference(widths: tuple[int, ...], sizes: list[int]) -> None:
     offset = 5

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 from functools import cache
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import numba
 import numpy as np
@@ -12,7 +12,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from infnerf_ns.kernels import hash_numba, mlp_numba, route_numba
+from infnerf_ns.kernels import hash_numba, mlp_numba, route_numba, tree_numba
 from infnerf_ns.kernels.gradients import bank_gradient
 from infnerf_ns.kernels.hash_torch import hash_encode_torch
 from infnerf_ns.kernels.layout import HashLayout
@@ -109,6 +109,48 @@ def grouped_mlp(
     return _GroupedMLP.apply(inputs, starts, rows, bank, offset, widths, used)
 
 
+class TreePaths(NamedTuple):
+    """Where samples stand in the tree, for the kernels that follow their paths."""
+
+    unit: Float[Tensor, "M 3"]
+    """unit coordinates"""
+    path: Int[Tensor, "M K"]
+    """node per level, -1 below the sample's own"""
+    coords: Int[Tensor, "N 3"]
+    """integer coordinates of all nodes"""
+    first: list[int]
+    """first node of each level"""
+
+
+def path_features(
+    paths: TreePaths,
+    starts: list[int],
+    footprints: Float[Tensor, "M"] | None,
+    cells: list[np.ndarray],
+    banks: list[Tensor],
+    layouts: list[HashLayout],
+    width: int,
+) -> Float[Tensor, "M width"]:
+    """Features of all nodes on each sample's path side by side, zeros where there is none; CPU only.
+
+    Args:
+        paths: samples sorted by the level of their own node.
+        starts: the first sample that has a node at each level (the number of samples: none has).
+        footprints: radii, for the down-weighting; None: features are not weighted.
+        cells: per octree level [L]: the weight of a hash level is erf(cells / footprint) (Zip-NeRF, eq. 9); in the root
+            the footprint shrinks with the contraction.
+        banks: grids of each level.
+        layouts: their layouts.
+        width: of the result.
+    """
+    return _PathFeatures.apply(paths, starts, footprints, cells, layouts, width, *banks)
+
+
+def path_sum(paths: TreePaths, banks: list[Tensor], layouts: list[HashLayout]) -> Float[Tensor, "M"]:
+    """Sum of the features (one per entry) of all nodes on each sample's path; CPU only."""
+    return _PathSum.apply(paths, layouts, *banks)
+
+
 @cache
 def _layout_arrays(layout: HashLayout) -> tuple:
     return (layout.scales, layout.resolutions, layout.sizes, layout.offsets, layout.hashed)
@@ -146,21 +188,126 @@ class _HashEncode(torch.autograd.Function):
         grad_bank = grad_positions = None
         with _numba_lock:
             if ctx.needs_input_grad[2]:
-                held = bank_gradient(bank)
-                if held is None:
-                    grad_bank = torch.zeros_like(bank)
-                    target, touched = (
-                        grad_bank.numpy(),
-                        np.zeros((len(bank), (bank.shape[1] >> hash_numba.BLOCK_SHIFT) + 1), dtype=np.uint8),
-                    )
-                else:
-                    target, touched = held.grad.numpy(), held.touched.numpy()
-                    held.rows.numpy()[r] = 1
-                hash_numba.backward_bank(p, r, g, target, touched, *arrays, _balanced_order(layout.num_levels), axis)
+                target = _target(bank)
+                grad_bank = target.returned
+                target.rows[r] = 1
+                order = _balanced_order(layout.num_levels)
+                hash_numba.backward_bank(p, r, g, target.grad, target.touched, *arrays, order, axis)
             if ctx.needs_input_grad[0]:
                 grad_positions = torch.empty_like(positions)
                 hash_numba.backward_positions(p, r, _flat(bank), g, grad_positions.numpy(), *arrays, axis)
         return grad_positions, None, grad_bank, None
+
+
+class _Target(NamedTuple):
+    """Where a kernel adds a bank's gradient."""
+
+    returned: Tensor | None
+    """what autograd is given: None if the gradient is kept in place"""
+    grad: np.ndarray
+    touched: np.ndarray
+    rows: np.ndarray
+
+
+def _target(bank: Tensor) -> _Target:
+    held = bank_gradient(bank)
+    if held is not None:
+        return _Target(None, held.grad.numpy(), held.touched.numpy(), held.rows.numpy())
+    grad = torch.zeros_like(bank)
+    touched = np.zeros((len(bank), (bank.shape[1] >> hash_numba.BLOCK_SHIFT) + 1), dtype=np.uint8)
+    return _Target(grad, grad.numpy(), touched, np.zeros(len(bank), dtype=np.uint8))
+
+
+def _parts(bank: Tensor, hash_levels: int) -> int:
+    """Into how many tasks a hash level is split, so that all threads have work; at most one per row."""
+    return max(1, min(len(bank), -(-2 * numba.get_num_threads() // hash_levels)))
+
+
+def _contracted(unit: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    contracted, shrink = np.empty_like(unit), np.empty(len(unit), np.float32)
+    tree_numba.contract(unit, contracted, shrink)
+    return contracted, shrink
+
+
+class _PathFeatures(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, paths, starts, footprints, cells, layouts, width, *banks) -> Tensor:
+        unit, path, coords = _flat(paths.unit), _flat(paths.path), _flat(paths.coords)
+        count = len(unit)
+        out = torch.zeros(count, width)
+        radii = np.empty(0, np.float32) if footprints is None else _flat(footprints.float())
+        hash_levels = sum(layout.num_levels for layout in layouts)
+        weights = np.empty((0, 0) if footprints is None else (count, hash_levels), np.float32)
+        column = weight_column = 0
+        with _numba_lock:
+            contracted, shrink = _contracted(unit)
+            for level, (bank, layout) in enumerate(zip(banks, layouts)):
+                if starts[level] < count:
+                    places, sizes = (unit, radii) if level else (contracted, shrink * radii if len(radii) else radii)
+                    tree_numba.encode(
+                        places, path, level, starts[level], paths.first[level], coords, _flat(bank), sizes,
+                        cells[level], out.numpy(), column, weights, weight_column, *_layout_arrays(layout),
+                        (0,) * layout.features,
+                    )  # fmt: skip
+                column += layout.num_outputs
+                weight_column += layout.num_levels
+        ctx.arrays, ctx.weights = (contracted, unit, path, coords), weights
+        ctx.paths, ctx.starts, ctx.layouts, ctx.banks = paths, starts, layouts, banks
+        return out
+
+    @staticmethod
+    def backward(ctx, grad_out: Tensor):
+        (contracted, unit, path, coords), gradient = ctx.arrays, _flat(grad_out)
+        returned = []
+        column = weight_column = 0
+        with _numba_lock:
+            for level, (bank, layout) in enumerate(zip(ctx.banks, ctx.layouts)):
+                target = None
+                if ctx.needs_input_grad[6 + level] and ctx.starts[level] < len(unit):
+                    target = _target(bank)
+                    places = unit if level else contracted
+                    tree_numba.encode_backward(
+                        places, path, level, ctx.starts[level], ctx.paths.first[level], coords, gradient, column,
+                        ctx.weights, weight_column, target.grad, target.touched, target.rows, *_layout_arrays(layout),
+                        _balanced_order(layout.num_levels), _parts(bank, layout.num_levels), (0,) * layout.features,
+                    )  # fmt: skip
+                returned.append(None if target is None else target.returned)
+                column += layout.num_outputs
+                weight_column += layout.num_levels
+        return (None,) * 6 + tuple(returned)
+
+
+class _PathSum(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, paths, layouts, *banks) -> Tensor:
+        unit, path, coords = _flat(paths.unit), _flat(paths.path), _flat(paths.coords)
+        out = torch.zeros(len(unit))
+        with _numba_lock:
+            contracted, _ = _contracted(unit)
+            for level, (bank, layout) in enumerate(zip(banks, layouts)):
+                places, first = unit if level else contracted, paths.first[level]
+                tree_numba.add_sum(
+                    places, path, level, first, coords, _flat(bank), out.numpy(), *_layout_arrays(layout)
+                )
+        ctx.arrays, ctx.paths, ctx.layouts, ctx.banks = (contracted, unit, path, coords), paths, layouts, banks
+        return out
+
+    @staticmethod
+    def backward(ctx, grad_out: Tensor):
+        (contracted, unit, path, coords), gradient = ctx.arrays, _flat(grad_out)
+        returned = []
+        with _numba_lock:
+            for level, (bank, layout) in enumerate(zip(ctx.banks, ctx.layouts)):
+                target = _target(bank) if ctx.needs_input_grad[2 + level] else None
+                if target is not None:
+                    places = unit if level else contracted
+                    tree_numba.add_sum_backward(
+                        places, path, level, ctx.paths.first[level], coords, gradient, target.grad, target.touched,
+                        target.rows, *_layout_arrays(layout), _balanced_order(layout.num_levels),
+                        _parts(bank, layout.num_levels),
+                    )  # fmt: skip
+                returned.append(None if target is None else target.returned)
+        return (None, None, *returned)
 
 
 class _GroupedMLP(torch.autograd.Function):

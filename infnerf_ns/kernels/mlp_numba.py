@@ -14,24 +14,24 @@ import numpy as np
 
 TILE = 32
 """samples per tile"""
+NARROW = 8
+"""layers with fewer outputs are summed along their inputs instead, as their rows do not fill a vector"""
 
 
 @nb.njit(fastmath=True, error_model="numpy", boundscheck=False)
-def _product(x, x_column, weight, n, fan_in, fan_out, y, add):
-    """y[:n, :fan_out] (+)= x[:n, x_column : x_column + fan_in] @ weight[:fan_in, :fan_out]"""
+def _product(x, weight, n, fan_in, fan_out, y):
+    """y[:n, :fan_out] = x[:n, :fan_in] @ weight[:fan_in, :fan_out]"""
     for s in range(n):
-        if not add:
-            for o in range(fan_out):
-                y[s, o] = np.float32(0)
+        for o in range(fan_out):
+            y[s, o] = np.float32(0)
     whole = fan_in // 8 * 8
     for i in range(0, whole, 8):
         w0, w1, w2, w3 = weight[i], weight[i + 1], weight[i + 2], weight[i + 3]
         w4, w5, w6, w7 = weight[i + 4], weight[i + 5], weight[i + 6], weight[i + 7]
         for s in range(n):
             row = y[s]
-            k = x_column + i
-            a0, a1, a2, a3 = x[s, k], x[s, k + 1], x[s, k + 2], x[s, k + 3]
-            a4, a5, a6, a7 = x[s, k + 4], x[s, k + 5], x[s, k + 6], x[s, k + 7]
+            a0, a1, a2, a3 = x[s, i], x[s, i + 1], x[s, i + 2], x[s, i + 3]
+            a4, a5, a6, a7 = x[s, i + 4], x[s, i + 5], x[s, i + 6], x[s, i + 7]
             for o in range(fan_out):
                 row[o] += (
                     (a0 * w0[o] + a1 * w1[o])
@@ -39,13 +39,57 @@ def _product(x, x_column, weight, n, fan_in, fan_out, y, add):
                     + (a4 * w4[o] + a5 * w5[o])
                     + (a6 * w6[o] + a7 * w7[o])
                 )
+    if fan_in - whole >= 4:
+        w0, w1, w2, w3 = weight[whole], weight[whole + 1], weight[whole + 2], weight[whole + 3]
+        for s in range(n):
+            row = y[s]
+            a0, a1, a2, a3 = x[s, whole], x[s, whole + 1], x[s, whole + 2], x[s, whole + 3]
+            for o in range(fan_out):
+                row[o] += (a0 * w0[o] + a1 * w1[o]) + (a2 * w2[o] + a3 * w3[o])
+        whole += 4
+    if fan_in - whole >= 2:
+        w0, w1 = weight[whole], weight[whole + 1]
+        for s in range(n):
+            row = y[s]
+            a0, a1 = x[s, whole], x[s, whole + 1]
+            for o in range(fan_out):
+                row[o] += a0 * w0[o] + a1 * w1[o]
+        whole += 2
     for i in range(whole, fan_in):
         w0 = weight[i]
         for s in range(n):
             row = y[s]
-            a0 = x[s, x_column + i]
+            a0 = x[s, i]
             for o in range(fan_out):
                 row[o] += a0 * w0[o]
+
+
+@nb.njit(fastmath=True, error_model="numpy", boundscheck=False)
+def _narrow_product(x, transposed, n, fan_in, fan_out, y):
+    """The same for fewer outputs than a vector holds: dot products along the inputs; transposed [fan_out, fan_in]."""
+    for s in range(n):
+        row = x[s]
+        for o in range(fan_out):
+            w = transposed[o]
+            total = np.float32(0)
+            for i in range(fan_in):
+                total += row[i] * w[i]
+            y[s, o] = total
+
+
+@nb.njit(fastmath=True, error_model="numpy", boundscheck=False)
+def _narrow_outer(x, dy, n, fan_in, fan_out, grad, scratch):
+    """:func:`_outer` for fewer outputs than a vector holds; ``scratch`` [fan_out, fan_in]."""
+    for o in range(fan_out):
+        total = scratch[o]
+        for i in range(fan_in):
+            total[i] = np.float32(0)
+        for s in range(n):
+            row, d = x[s], dy[s, o]
+            for i in range(fan_in):
+                total[i] += d * row[i]
+        for i in range(fan_in):
+            grad[i, o] += total[i]
 
 
 @nb.njit(fastmath=True, error_model="numpy", boundscheck=False)
@@ -106,6 +150,7 @@ def forward(inputs, tile_group, tile_start, tile_stop, rows, bank, offset, width
     for thread in nb.prange(threads):
         ping = np.empty((TILE, widest), np.float32)
         pong = np.empty((TILE, widest), np.float32)
+        narrow = np.empty((NARROW, widest), np.float32)
         for t in range(tiles * thread // threads, tiles * (thread + 1) // threads):
             group = tile_group[t]
             a, b = tile_start[t], tile_stop[t]
@@ -117,7 +162,14 @@ def forward(inputs, tile_group, tile_start, tile_stop, rows, bank, offset, width
                 position += fan_in * fan_out
                 source = inputs[a:b] if layer == 0 else ping
                 target = out[a:b] if layer == layers - 1 else pong
-                _product(source, 0, weight, n, used_inputs[group] if layer == 0 else fan_in, fan_out, target, False)
+                used = used_inputs[group] if layer == 0 else fan_in
+                if fan_out < NARROW:
+                    for i in range(used):
+                        for o in range(fan_out):
+                            narrow[o, i] = weight[i, o]
+                    _narrow_product(source, narrow, n, used, fan_out, target)
+                else:
+                    _product(source, weight, n, used, fan_out, target)
                 if layer < layers - 1:
                     _relu(target, n, fan_out)
                     ping, pong = pong, ping
@@ -158,6 +210,7 @@ def backward(
         delta = np.empty((TILE, widest), np.float32)
         delta_next = np.empty((TILE, widest), np.float32)
         transposed = np.empty((layers, widest, widest), np.float32)
+        narrow = np.empty((NARROW, widest), np.float32)
         total = np.zeros(size, np.float32)
         first_tile, last_tile = tiles * thread // threads, tiles * (thread + 1) // threads
         for t in range(first_tile, last_tile):
@@ -178,9 +231,7 @@ def backward(
                 weight = _weights(bank, rows[group], position, fan_in, fan_out)
                 position += fan_in * fan_out
                 source = inputs[a:b] if layer == 0 else acts[layer - 1]
-                _product(
-                    source, 0, weight, n, used_inputs[group] if layer == 0 else fan_in, fan_out, acts[layer], False
-                )
+                _product(source, weight, n, used_inputs[group] if layer == 0 else fan_in, fan_out, acts[layer])
                 _relu(acts[layer], n, fan_out)
             end = size
             for s in range(n):
@@ -194,13 +245,16 @@ def backward(
                 if layer == 0:
                     _outer(inputs[a:b], delta, n, used, fan_out, gradient)
                     if want_inputs:
-                        _product(delta, 0, transposed[layer], n, fan_out, used, grad_inputs[a:b], False)
+                        _product(delta, transposed[layer], n, fan_out, used, grad_inputs[a:b])
                         for s in range(n):
                             for i in range(used, fan_in):
                                 grad_inputs[a + s, i] = np.float32(0)
                 else:
-                    _outer(acts[layer - 1], delta, n, used, fan_out, gradient)
-                    _product(delta, 0, transposed[layer], n, fan_out, used, delta_next, False)
+                    if fan_out < NARROW:
+                        _narrow_outer(acts[layer - 1], delta, n, used, fan_out, gradient, narrow)
+                    else:
+                        _outer(acts[layer - 1], delta, n, used, fan_out, gradient)
+                    _product(delta, transposed[layer], n, fan_out, used, delta_next)
                     for s in range(n):
                         for i in range(used):
                             if acts[layer - 1, s, i] <= 0:
