@@ -191,7 +191,10 @@ class OctreeField(nn.Module):
         path = self.octree.route(unit, footprints if coarsen is None else footprints * coarsen, cap)
         node = path.max(dim=1).values
         order = torch.argsort(node)
-        return Routed(unit[order], path[order], node[order], order, None if footprints is None else footprints[order])
+        radii = None if footprints is None else footprints.index_select(0, order)
+        return Routed(
+            unit.index_select(0, order), path.index_select(0, order), node.index_select(0, order), order, radii
+        )
 
     def with_parents(self, routed: Routed, weight: Float[Tensor, "M"]) -> tuple[Routed, Float[Tensor, "M2"]]:
         """Adds the parent's evaluation where a node's weight against it is below 1 (the blend between adjacent levels).
@@ -213,7 +216,9 @@ class OctreeField(nn.Module):
         order = torch.argsort(node)
         owner = owner[order]
         footprints = None if routed.footprints is None else routed.footprints[owner]
-        return Routed(routed.unit[owner], path[order], node[order], routed.order[owner], footprints), weight[order]
+        unit = routed.unit.index_select(0, owner)
+        path, node = path.index_select(0, order), node.index_select(0, order)
+        return Routed(unit, path, node, routed.order[owner], footprints), weight[order]
 
     def _slices(self, node: Int[Tensor, "M"]) -> list[tuple[int, int]]:
         """Per level: the range of the sorted samples whose node is of that level."""

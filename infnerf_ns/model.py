@@ -42,10 +42,14 @@ from infnerf_ns.sampler import (
     SamplerConfig,
     random_coarsening,
     sample_geometry,
+    weight_quantiles,
 )
 from infnerf_ns.tree_building import SOURCES, OctreeConfig, build_tree, log_tree, require_memory
 from infnerf_ns.validation import Range
 
+_NORMALS_PER_RAY = 4
+"""Samples of a ray whose normals are taken. The weights of a surface are spread over most samples of its ray, and each
+normal costs a second, differentiated look at the field."""
 APPEARANCE = "appearance_code"
 """Key of the ray metadata that holds an appearance code [R, A] to be used instead of the trained ones."""
 
@@ -302,7 +306,10 @@ class InfNeRFModel(Model):
         appearance = self._appearance(ray_bundle)
         ray_of = routed.order[kept] // per_ray
         color = self.field.color(
-            routed.node[kept], geo[kept], direction_code[ray_of], None if appearance is None else appearance[ray_of]
+            routed.node.index_select(0, kept),
+            geo.index_select(0, kept),  # whose gradient is faster than that of geo[kept]
+            direction_code.index_select(0, ray_of),
+            None if appearance is None else appearance.index_select(0, ray_of),
         )
         rgb = torch.zeros_like(positions).index_add(0, routed.order[kept], share[kept, None] * color)
         rgb = rgb.reshape(rays, per_ray, 3)
@@ -324,11 +331,11 @@ class InfNeRFModel(Model):
         mean_level = (weights[..., 0] * level.reshape(rays, per_ray)).sum(1) / weights.sum(dim=(1, 2)).clamp(min=1e-6)
         outputs["level"] = colormaps.apply_colormap((mean_level / max(octree.depth, 1))[:, None].clamp(0, 1))
         if self.config.render_normals:
-            at = torch.nonzero(weights.reshape(-1) > 10 * self.config.color_weight_threshold)[:, 0]
-            normals = torch.zeros_like(positions)
-            normals[at] = self.field.normals(positions[at], None if footprints is None else footprints[at])
-            normals = self.renderer_normals(normals=normals.reshape(rays, per_ray, 3), weights=weights)
-            outputs["normals"] = self.normals_shader(normals).clamp(0, 1)
+            at = weight_quantiles(weights[..., 0], _NORMALS_PER_RAY).reshape(-1)
+            normals = self.field.normals(positions[at], None if footprints is None else footprints[at])
+            normals = normals.reshape(rays, _NORMALS_PER_RAY, 3)
+            share = outputs["accumulation"][:, None].expand(-1, _NORMALS_PER_RAY, 1) / _NORMALS_PER_RAY
+            outputs["normals"] = self.normals_shader(self.renderer_normals(normals=normals, weights=share)).clamp(0, 1)
         return outputs
 
     # -- losses and metrics

@@ -15,7 +15,7 @@ from typing import Annotated
 
 import numpy as np
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from nerfstudio.cameras.rays import RayBundle, RaySamples
 from nerfstudio.model_components.ray_samplers import PDFSampler, SpacedSampler
 from torch import Tensor, nn
@@ -33,9 +33,9 @@ DensityFn = Callable[[Float[Tensor, "M 3"], Float[Tensor, "M"] | None], Float[Te
 class SamplerConfig:
     """How rays are sampled."""
 
-    proposal_samples: tuple[int, ...] = field(default_factory=lambda: (64, 32))
+    proposal_samples: tuple[int, ...] = field(default_factory=lambda: (48, 24))
     """Samples per ray of each proposal round."""
-    samples: Annotated[int, Range(4, 1024)] = 24
+    samples: Annotated[int, Range(4, 1024)] = 16
     """Samples per ray that the field evaluates."""
     anneal_steps: Annotated[int, Range(0, 1_000_000)] = 500
     """Steps over which the proposal weights gain their full contrast."""
@@ -179,3 +179,12 @@ def random_coarsening(rays: int, per_ray: int, share: float, octaves: int) -> Fl
     factor = 2.0 ** torch.randint(1, octaves + 1, (rays,))
     factor = torch.where(torch.rand(rays) < share, factor, torch.ones(()))
     return factor.repeat_interleave(per_ray)
+
+
+def weight_quantiles(weights: Float[Tensor, "R S"], count: int) -> Int[Tensor, "R count"]:
+    """Flat indices of the samples at the middle of ``count`` equal shares of each ray's weight: their plain mean stands
+    for the weighted mean over all samples."""
+    cumulative = weights.cumsum(dim=1)
+    middles = (torch.arange(count, device=weights.device) + 0.5) / count
+    index = torch.searchsorted(cumulative, cumulative[:, -1:] * middles).clamp(max=weights.shape[1] - 1)
+    return index + weights.shape[1] * torch.arange(len(weights), device=weights.device)[:, None]

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from nerfstudio.cameras.rays import RayBundle, RaySamples
 from torch import Tensor
 
-from infnerf_ns.sampler import ORTHOGRAPHIC_FOOTPRINT, LoDSampler, SamplerConfig, sample_geometry
+from infnerf_ns.sampler import ORTHOGRAPHIC_FOOTPRINT, LoDSampler, SamplerConfig, sample_geometry, weight_quantiles
 
 NEAR, BEND, FAR = 0.1, 10.0, 1000.0
 PIXEL = 1e-6  # steradians
@@ -212,3 +212,14 @@ def test_jitter_stays_within_half_a_level() -> None:
     assert -0.5 - 1e-5 < shift.min() < -0.45 and 0.45 < shift.max() < 0.5 + 1e-5
     assert abs(shift.mean().item()) < 0.03
     assert len(shift.unique()) > 1000, "each sample has its own"
+
+
+def test_weight_quantiles_stand_for_the_weighted_mean() -> None:
+    weights = torch.tensor([[0.0, 0.5, 0.0, 0.25, 0.25], [0.0, 0.0, 0.0, 0.0, 0.1], [0.0, 0.0, 0.0, 0.0, 0.0]])
+    index = weight_quantiles(weights, 4)
+    assert index[0].tolist() == [1, 1, 3, 4] and index[1].tolist() == [9] * 4
+    assert bool((index[2] >= 10).all() and (index[2] < 15).all())
+    weights = torch.rand(50, 24, generator=torch.Generator().manual_seed(0)) ** 4
+    values = torch.linspace(0, 1, 24).expand(50, 24)
+    mean = (weights * values).sum(1) / weights.sum(1)
+    assert (values.reshape(-1)[weight_quantiles(weights, 64) % 24].mean(1) - mean).abs().max() < 0.03
