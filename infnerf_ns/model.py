@@ -139,7 +139,8 @@ class InfNeRFModel(Model):
         self.sampler = LoDSampler(self.config.sampler, self.config.sampler.near_plane or scene.near, octree.cube.side)
         self.near_planes = None
         if self.config.sampler.near_plane is None:
-            self.near_planes = NearPlanes(scene.points, scene.near)
+            # Points in the frusta are made up: nothing says that the air before them is empty.
+            self.near_planes = NearPlanes(scene.points[: 0 if scene.source == "frusta" else None], scene.near)
         if scene.source != "checkpoint":
             layout = PageLayout(self.config.field, octree.node_resolution, self.config.octree.max_level)
             log_tree(octree, layout.memory_bytes(octree), f"{len(scene.points)} {SOURCES[scene.source]}")
@@ -179,7 +180,9 @@ class InfNeRFModel(Model):
             )
         octree = octree_from_state(state_dict, "field.").to(self.device)
         layout = PageLayout(self.config.field, octree.node_resolution, self.config.octree.max_level)
-        require_memory(layout.memory_bytes(octree, training=self.training), self.device)
+        grown, held = (sum(layout.memory_bytes(tree, training=self.training)) for tree in (octree, self.field.octree))
+        if grown > held:
+            require_memory([grown - held], self.device)
         missing = {f"field.{name}" for name, _ in self.field.named_parameters()} ^ {
             name
             for name in state_dict
@@ -192,8 +195,10 @@ class InfNeRFModel(Model):
                 " --pipeline.model.field options"
             )
         self.field.set_octree(octree)
-        if self.near_planes is not None and "near_planes.points" in state_dict:
-            self.near_planes.points = torch.empty_like(state_dict["near_planes.points"], device=self.device)
+        if self.near_planes is not None and "near_planes.points" not in state_dict:
+            self.near_planes = None  # trained with one near plane for all
+        elif self.near_planes is not None:
+            self.near_planes.fit(len(state_dict["near_planes.points"]))
         for name, value in self.field.named_parameters():
             saved = state_dict[f"field.{name}"]
             if saved.shape != value.shape:
@@ -240,6 +245,14 @@ class InfNeRFModel(Model):
             near = torch.full_like(rays.pixel_area, float(self.near_planes(camera)[0]))
             rays.nears = near if rays.nears is None else torch.maximum(rays.nears, near)
         return rays
+
+    @torch.no_grad()
+    def get_outputs_for_camera_ray_bundle(self, camera_ray_bundle: RayBundle) -> dict[str, Tensor]:
+        """Renders an image of rays [H, W]; where they come without a near plane (ns-export tsdf), they get one."""
+        rays = camera_ray_bundle
+        if rays.nears is None and self.near_planes is not None and not bool((rays.pixel_area == 1).any()):
+            rays.nears = torch.full_like(rays.pixel_area, self.near_planes.of_image(rays.origins, rays.directions))
+        return super().get_outputs_for_camera_ray_bundle(rays)
 
     def get_outputs_for_camera(self, camera: Cameras, obb_box: OrientedBox | None = None) -> dict[str, Tensor]:
         """Renders a camera."""

@@ -19,8 +19,8 @@ MAX_POINTS = 65_536
 """Points that are looked at, evenly picked from all of them."""
 CELLS = 32
 """Cells along the longer edge of an image; each holds the distance of its nearest point."""
-MIN_CELLS = 16
-"""Cells with points that an image needs for a near plane of its own."""
+MIN_POINTS = 16
+"""Points in view that an image needs for a near plane of its own."""
 _KINDS = (CameraType.PERSPECTIVE, CameraType.FISHEYE, CameraType.FISHEYE624, CameraType.EQUIRECTANGULAR)
 NEARNESS = 0.5
 """Near plane over the second smallest of those distances: one stray point does not move it."""
@@ -46,8 +46,8 @@ def near_planes(points: Float[Tensor, "n 3"], cameras: Cameras, floor: float) ->
         front = torch.full((CELLS * CELLS,), torch.inf, device=points.device)
         front.scatter_reduce_(0, cells[:, 1] * CELLS + cells[:, 0], projection.distance[projection.inside], "amin")
         front = front[torch.isfinite(front)]
-        if len(front) >= MIN_CELLS:
-            nears[number] = max(floor, NEARNESS * float(front.kthvalue(2).values))
+        if int(projection.inside.sum()) >= MIN_POINTS:
+            nears[number] = max(floor, NEARNESS * float(front.kthvalue(min(2, len(front))).values))
     return nears
 
 
@@ -73,3 +73,21 @@ class NearPlanes(nn.Module):
     def forward(self, cameras: Cameras) -> Float[Tensor, "c"]:
         """Near planes of the cameras, batch shape ``(C,)`` or ``()``; scene units."""
         return near_planes(self.points, cameras.flatten().to(self.points.device), float(self.floor))
+
+    def of_image(self, origins: Float[Tensor, "H W 3"], directions: Float[Tensor, "H W 3"]) -> float:
+        """Near plane of an image of rays whose camera is not known: half of the distance to the second nearest point in
+        the cone around all rays; the floor for rays that do not come from one place."""
+        origin, axis = origins[0, 0], torch.nn.functional.normalize(directions.mean(dim=(0, 1)), dim=0)
+        if len(self.points) < MIN_POINTS or bool((origins != origin).any()):
+            return float(self.floor)
+        way = self.points - origin
+        distance = way.norm(dim=-1)
+        inside = distance[way @ axis >= (directions @ axis).min() * distance]
+        if len(inside) < MIN_POINTS:
+            return float(self.floor)
+        return max(float(self.floor), NEARNESS * float(inside.kthvalue(2).values))
+
+    def fit(self, count: int) -> None:
+        """Makes room for the points of a checkpoint."""
+        if len(self.points) != count:
+            self.points = self.points.new_zeros(count, 3)

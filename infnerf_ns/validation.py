@@ -71,15 +71,16 @@ def validate_config(config: Any, prefix: str = "--") -> Report:
 
 
 def enforce(report: Report) -> None:
-    """Print the warnings; raise InputError if there are problems. Several are printed to stderr first, a line each."""
-    for line in report.warnings:
-        warn(line)
+    """Raise InputError if there are problems, several are printed to stderr first, a line each; else print the
+    warnings."""
     if len(report.problems) == 1:
         raise InputError(report.problems[0])
     if report.problems:
         for line in report.problems:
             print(f"infnerf: {line}", file=sys.stderr)
         raise InputError(f"{len(report.problems)} settings are wrong, see the lines above; nothing was started")
+    for line in report.warnings:
+        warn(line)
 
 
 def read_yaml(path: Path) -> dict[str, Any]:

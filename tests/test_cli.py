@@ -13,6 +13,7 @@ from tiny_capture import write_capture
 
 from infnerf_ns.cli import bench, picture
 from infnerf_ns.cli.bench_quality import Quality, held_out_psnr
+from infnerf_ns.cli.bench_speed import Speed
 from infnerf_ns.errors import InputError
 
 
@@ -23,6 +24,16 @@ def test_bench_prints_a_row_per_tree(capsys: pytest.CaptureFixture[str]) -> None
     assert [line.split()[0] for line in lines[header + 1 :]] == ["1", "9"]
     assert lines[header + 1].split()[-1] == "1.00"
     assert "16 rays per step" in " ".join(lines)
+
+
+def test_speed_prints_a_row_per_kernel(capsys: pytest.CaptureFixture[str]) -> None:
+    Speed(rays=8, repeats=2).main()
+    output = capsys.readouterr().out
+    for kernel in ("grids of the field", "grids of the proposals", "density decoders", "colour decoders"):
+        for what in ("forward  ", "forward and backward"):
+            (line,) = (line for line in output.splitlines() if line.startswith(f"{kernel}, {what}"))
+            assert "% of the" in line and float(line.split(what)[1].split()[0]) > 0
+    assert "GFLOP/s; copy:" in output and "$ " in output
 
 
 def test_picture_of_nothing(tmp_path: Path) -> None:
@@ -88,6 +99,8 @@ def test_held_out_psnr_of_a_known_error() -> None:
     "options, message",
     [
         ({"methods": ("nerf",)}, "--methods nerf: there are root, nerfacto, infnerf"),
+        ({"methods": ()}, "--methods: name at least one"),
+        ({"minutes": ()}, "--minutes .* give rising numbers above 0"),
         ({"minutes": (2.0, 1.0)}, "--minutes .* give rising numbers above 0"),
         ({"data": Path("nowhere")}, "--data nowhere: there is neither a transforms.json nor a transforms_train.json"),
     ],

@@ -101,6 +101,31 @@ def test_a_rendered_camera_has_the_near_plane_of_what_it_shows() -> None:
     assert fixed.near_planes is None and fixed.camera_rays(camera).nears is None
 
 
+def test_made_up_points_set_no_near_plane_and_older_checkpoints_have_one_for_all() -> None:
+    scene = _scene()
+    scene.source = "frusta"
+    camera = _camera(*CAMERAS["perspective"])
+    assert _model(scene=scene).camera_rays(camera).nears.max() == pytest.approx(0.2)
+    state = {name: value for name, value in _model().state_dict().items() if not name.startswith("near_planes")}
+    model = _model()
+    model.load_state_dict(state)
+    assert model.camera_rays(camera).nears is None
+
+
+def test_loading_the_tree_that_is_there_needs_no_more_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = _model()
+    state = {name: value.clone() for name, value in model.state_dict().items()}
+    monkeypatch.setattr("infnerf_ns.tree_building.psutil.virtual_memory", lambda: SimpleNamespace(available=0))
+    model.load_state_dict(state)
+
+
+def test_an_image_of_rays_without_a_camera_gets_a_near_plane() -> None:
+    model = _model().eval()
+    rays = _camera(*CAMERAS["perspective"]).generate_rays(camera_indices=0, keep_shape=True)
+    model.get_outputs_for_camera_ray_bundle(rays)
+    assert 0.4 < rays.nears.min() == rays.nears.max() < 0.75
+
+
 def test_rays_start_at_their_near_planes() -> None:
     model = _model().train()
     rays, _ = _batch()

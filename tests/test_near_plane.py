@@ -67,6 +67,34 @@ def test_cameras_that_see_nothing_and_parallel_rays_get_the_floor() -> None:
     assert near_planes(ahead, _cameras(), 7.0).tolist() == [7.0]
 
 
+def test_a_camera_far_away_keeps_its_near_plane() -> None:
+    """All points in one or two cells: flying away, the plane moves smoothly instead of falling back to the floor."""
+    ball = torch.randn(500, 3, generator=torch.Generator().manual_seed(0)) * 0.1
+    nears = []
+    for distance in (3.0, 30.0, 300.0):
+        camera = _cameras()
+        camera.camera_to_worlds[0, 2, 3] = distance
+        nears.append(float(near_planes(ball, camera, FLOOR)[0]) / distance)
+    assert all(0.4 < near <= 0.5 for near in nears)
+
+
+def test_rays_without_a_camera_have_nearly_its_near_plane() -> None:
+    """What ns-export tsdf renders."""
+    planes, camera = NearPlanes(_wall(10.0), FLOOR), _cameras()
+    rays = camera.generate_rays(camera_indices=0, keep_shape=True)
+    assert planes.of_image(rays.origins, rays.directions) == pytest.approx(float(planes(camera)[0]), rel=0.02)
+    parallel = rays.origins + torch.rand(rays.origins.shape)
+    assert planes.of_image(parallel, rays.directions) == pytest.approx(FLOOR)
+    assert planes.of_image(rays.origins, -rays.directions) == pytest.approx(FLOOR)
+
+
+def test_no_points_no_plane() -> None:
+    planes = NearPlanes(torch.empty(0, 3), FLOOR)
+    rays = _cameras().generate_rays(camera_indices=0, keep_shape=True)
+    assert planes(_cameras()).tolist() == pytest.approx([FLOOR])
+    assert planes.of_image(rays.origins, rays.directions) == pytest.approx(FLOOR)
+
+
 def test_large_captures_are_thinned_and_cameras_come_in_any_shape() -> None:
     points = torch.rand(3 * MAX_POINTS, 3, generator=torch.Generator().manual_seed(1)) - 0.5
     poses = [look_at_origin(np.array(at)) for at in ([0.3, -1.5, 0.8], [4.0, 1.0, 2.0])]

@@ -19,6 +19,7 @@ from rich.progress import track
 
 from infnerf_ns.cli.bench_machine import describe_machine
 from infnerf_ns.cli.bench_quality import Quality
+from infnerf_ns.cli.bench_speed import Speed
 from infnerf_ns.data.sfm import SfMScene
 from infnerf_ns.model import InfNeRFModel, InfNeRFModelConfig
 from infnerf_ns.training.optimizer import NodeAdam
@@ -106,4 +107,4 @@ class _Trainer:
 
 def entrypoint() -> None:
     """The console script."""
-    tyro.extras.subcommand_cli_from_dict({"quality": Quality, "nodes": Nodes}).main()
+    tyro.extras.subcommand_cli_from_dict({"quality": Quality, "speed": Speed, "nodes": Nodes}).main()

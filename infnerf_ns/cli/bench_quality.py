@@ -71,27 +71,27 @@ class Quality:
 
     def main(self) -> None:
         """Trains, measures, prints a table, writes it and a plot."""
-        if min(self.minutes) <= 0 or list(self.minutes) != sorted(self.minutes):
+        if not self.minutes or min(self.minutes) <= 0 or list(self.minutes) != sorted(self.minutes):
             raise InputError(f"--minutes {self.minutes}: give rising numbers above 0")
+        if not self.methods:
+            raise InputError("--methods: name at least one")
+        configs = {method: self._config(method) for method in self.methods}  # all, before the first one trains
         print(describe_machine())
+        self.output.parent.mkdir(parents=True, exist_ok=True)
         rows: list[dict] = []
-        for method in self.methods:
-            for row in self._train(method):
+        for method, config in configs.items():
+            for row in self._train(method, config):
                 rows.append({"method": method, **row})
                 print(_line(rows[-1]), flush=True)
+                _write_table(rows, self.output.with_suffix(".csv"))
         _print_table(rows)
-        self.output.parent.mkdir(parents=True, exist_ok=True)
-        with open(self.output.with_suffix(".csv"), "w", newline="") as file:
-            writer = csv.DictWriter(file, list(rows[0]))
-            writer.writeheader()
-            writer.writerows(rows)
         _plot(rows, self.output.with_suffix(".png"), f"{self.data.name}, {self.clock} time")
         print(f"infnerf: wrote {self.output.with_suffix('.csv')} and {self.output.with_suffix('.png')}")
 
-    def _train(self, method: str) -> Iterator[dict]:
+    def _train(self, method: str, config: TrainerConfig) -> Iterator[dict]:
         """A row per measurement."""
         torch.manual_seed(self.seed)
-        trainer = self._trainer(method)
+        trainer = self._trainer(method, config)
         now: Callable[[], float] = time.process_time if self.clock == "cpu" else time.perf_counter
         budget = 60 * self.minutes[-1]
         # The first step compiles kernels that every later run finds in numba's cache.
@@ -115,8 +115,7 @@ class Quality:
             trainer.pipeline.train()
             yield {**row, **{f"psnr_{level}": round(value, 2) for level, value in psnr.items()}}
 
-    def _trainer(self, method: str) -> Trainer:
-        config = self._config(method)
+    def _trainer(self, method: str, config: TrainerConfig) -> Trainer:
         config.output_dir, config.experiment_name, config.timestamp = self.output.parent, self.output.name, method
         config.vis, config.viewer = "tensorboard", ViewerConfig(quit_on_train_completion=True)
         config.machine.seed = self.seed
@@ -229,6 +228,13 @@ def _line(row: dict) -> str:
     return (
         f"{row['method']} after {row['minutes']:g} min: {row['steps']} steps, {row['rays_per_s']} rays/s, {levels} dB"
     )
+
+
+def _write_table(rows: list[dict], path: Path) -> None:
+    with open(path, "w", newline="") as file:
+        writer = csv.DictWriter(file, list(rows[0]))
+        writer.writeheader()
+        writer.writerows(rows)
 
 
 def _print_table(rows: list[dict]) -> None:

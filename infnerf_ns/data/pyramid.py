@@ -25,7 +25,7 @@ from torch import Tensor
 MIN_SIDE = 8
 """A level has at least this many pixels along the shorter side."""
 _MAX_ROUNDS = 100
-_LARGEST_ROUND = 1 << 20
+_LARGEST_ROUND = 1 << 20  # pixels
 _FEW_VALID = 0.02
 _Draw = Callable[[int, torch.Generator | None], Tensor]
 
@@ -222,7 +222,7 @@ class PixelPyramid:
         missing, tried, found = count, 0, 0
         for _ in range(_MAX_ROUNDS):
             # After a round with few hits the next one is as much larger.
-            number = min(missing * max(1, tried // max(found, 1)), max(missing, _LARGEST_ROUND))
+            number = min(missing * max(1, tried // max(found, 1)), max(missing, _LARGEST_ROUND // patch_size**2))
             flat = draw(number, generator)
             flat = flat[self._fits(flat, patch_size)][:missing]
             kept.append(flat)

@@ -56,11 +56,12 @@ def _local(unit, p, node, level, coords):
 
 
 @nb.njit(inline="always")
-def _grid(x, scale):
-    """Cell and place in the cell of a local coordinate."""
-    g = x * scale + np.float32(0.5)
-    cell = np.uint32(np.int32(g))
-    return cell, g - np.float32(np.int32(g))
+def _cell(x, y, z, scale):
+    """Cell of local coordinates, and the place in the cell."""
+    gx, gy, gz = x * scale + np.float32(0.5), y * scale + np.float32(0.5), z * scale + np.float32(0.5)
+    cx, cy, cz = np.int32(gx), np.int32(gy), np.int32(gz)
+    place = gx - np.float32(cx), gy - np.float32(cy), gz - np.float32(cz)
+    return np.uint32(cx), np.uint32(cy), np.uint32(cz), place[0], place[1], place[2]
 
 
 @nb.njit(inline="always")
@@ -112,9 +113,7 @@ def encode(
             base = np.uintp(offsets[hash_level] * features)
             first_column = column + hash_level * features
             for i in range(number):
-                cx, fx = _grid(local[i, 0], scale)
-                cy, fy = _grid(local[i, 1], scale)
-                cz, fz = _grid(local[i, 2], scale)
+                cx, cy, cz, fx, fy, fz = _cell(local[i, 0], local[i, 1], local[i, 2], scale)
                 r = row[i]
                 a0, a1, a2, a3 = np.float32(0), np.float32(0), np.float32(0), np.float32(0)
                 for corner in range(8):
@@ -170,9 +169,7 @@ def encode_backward(
                 continue
             r = np.uintp(node - first)
             x, y, z = _local(unit, p, node, level, coords)
-            cx, fx = _grid(x, scale)
-            cy, fy = _grid(y, scale)
-            cz, fz = _grid(z, scale)
+            cx, cy, cz, fx, fy, fz = _cell(x, y, z, scale)
             weight = weights[p, weight_column + hash_level] if weighted else np.float32(1)
             rows[r] = 1
             for corner in range(8):
@@ -205,9 +202,7 @@ def add_sum(unit, path, level, first, coords, bank, out, scales, resolutions, si
             is_hashed = hashed[hash_level]
             base = np.uintp(offsets[hash_level])
             for i in range(number):
-                cx, fx = _grid(local[i, 0], scale)
-                cy, fy = _grid(local[i, 1], scale)
-                cz, fz = _grid(local[i, 2], scale)
+                cx, cy, cz, fx, fy, fz = _cell(local[i, 0], local[i, 1], local[i, 2], scale)
                 r = row[i]
                 total = np.float32(0)
                 for corner in range(8):
@@ -235,9 +230,7 @@ def add_sum_backward(
                 continue
             r = np.uintp(node - first)
             x, y, z = _local(unit, p, node, level, coords)
-            cx, fx = _grid(x, scale)
-            cy, fy = _grid(y, scale)
-            cz, fz = _grid(z, scale)
+            cx, cy, cz, fx, fy, fz = _cell(x, y, z, scale)
             rows[r] = 1
             for corner in range(8):
                 index = base + _entry(cx, cy, cz, corner, resolution, size, is_hashed)

@@ -19,6 +19,7 @@ from nerfstudio.engine.trainer import TRAIN_INTERATION_OUTPUT, Trainer, TrainerC
 from nerfstudio.utils import profiler, writer
 from nerfstudio.utils.decorators import check_main_thread
 from nerfstudio.utils.misc import step_check
+from torch.optim.lr_scheduler import LambdaLR
 
 from infnerf_ns.errors import InputError
 from infnerf_ns.training import checkpoints
@@ -98,7 +99,8 @@ class InfNeRFTrainerConfig(TrainerConfig):
             if group["optimizer"].lr > 0.1
         ]
         octree = getattr(getattr(self.pipeline, "model", None), "octree", None)
-        if octree is not None and octree.level_start_steps * octree.max_level >= self.max_num_iterations:
+        starts = 0 if octree is None else octree.level_start_steps * octree.max_level
+        if starts and starts >= self.max_num_iterations:
             last = (self.max_num_iterations - 1) // octree.level_start_steps
             advice.append(
                 f"--max-num-iterations {self.max_num_iterations}: octree levels above {last} never start; lower"
@@ -237,7 +239,8 @@ class InfNeRFTrainer(Trainer):
         if not values_finite(self._all_parameters()):
             warn(f"step {step}: no checkpoint written, as some parameter is not finite")
             self._guard.restores += 1
-            self._restore_last_good(step)
+            with self.train_lock:  # the viewer must not render half of it; nerfstudio saves without the lock
+                self._restore_last_good(step)
             return
         state = {
             "step": step,
@@ -303,17 +306,23 @@ class InfNeRFTrainer(Trainer):
             self.optimizers.load_schedulers(
                 {name: schedulers[name] for name in self.optimizers.schedulers if name in schedulers}
             )
-            self._apply_configured_rates(state.get("infnerf", {}).get("lr_scale", 1.0))
+        self._apply_configured_rates(state.get("infnerf", {}).get("lr_scale", 1.0))
         if state.get("scalers"):  # empty where the run before had no mixed precision
             self.grad_scaler.load_state_dict(state["scalers"])
 
     def _apply_configured_rates(self, scale: float) -> None:
         """Learning rates follow the flags of this run, at the point of the schedule where the checkpoint stands."""
-        for name, scheduler in self.optimizers.schedulers.items():
+        for name, optimizer in self.optimizers.optimizers.items():
             base = self.optimizers.config[name]["optimizer"].lr * scale
-            scheduler.base_lrs = [base] * len(scheduler.base_lrs)
-            for group, share in zip(self.optimizers.optimizers[name].param_groups, scheduler.lr_lambdas):
-                group["initial_lr"], group["lr"] = base, base * share(scheduler.last_epoch)
+            scheduler = self.optimizers.schedulers.get(name)
+            if scheduler is not None:
+                scheduler.base_lrs = [base] * len(scheduler.base_lrs)
+            for group in optimizer.param_groups:
+                if isinstance(scheduler, LambdaLR):
+                    group["lr"] = base * scheduler.lr_lambdas[0](scheduler.last_epoch)
+                else:
+                    group["lr"] *= base / group.get("initial_lr", group["lr"])
+                group["initial_lr"] = base
 
     def _restore_last_good(self, step: int) -> None:
         """Go back to the last checkpoint with lower learning rates; the step counter and the schedules go on."""
@@ -322,10 +331,12 @@ class InfNeRFTrainer(Trainer):
         remedy = "lower --optimizers.grids.optimizer.lr and --optimizers.decoders.optimizer.lr"
         if not found or self._guard.restores > config.max_restores:
             why = "after several restores" if found else "before the first checkpoint"
-            raise InputError(f"step {step}: the loss stays NaN or infinite {why}; {remedy}")
+            raise InputError(f"step {step}: the loss or a parameter stays NaN or infinite {why}; {remedy}")
         state = checkpoints.read_checkpoint(found[0])
         if state is None:
-            raise InputError(f"step {step}: the loss stays NaN or infinite and {found[0]} cannot be read; {remedy}")
+            raise InputError(
+                f"step {step}: the loss or a parameter stays NaN or infinite and {found[0]} cannot be read; {remedy}"
+            )
         self.pipeline.load_pipeline(state["pipeline"], state["step"])
         self.optimizers.load_optimizers(state["optimizers"])
         self.optimizers.zero_grad_all()
