@@ -73,6 +73,14 @@ class _Constant(torch.nn.Module):
         return {"rgb": torch.full((len(rays), 3), 0.5)}
 
 
+def test_quality_applies_settings_behind_a_method(tmp_path: Path) -> None:
+    write_capture(tmp_path / "data")
+    quality = Quality(tmp_path / "data")
+    config = quality._config("infnerf:pipeline.model.field.children=independent:pipeline.model.sampler.samples=7")
+    assert (config.pipeline.model.field.children, config.pipeline.model.sampler.samples) == ("independent", 7)
+    assert quality._config("root").pipeline.model.octree.max_level == 0
+
+
 def test_held_out_psnr_of_a_known_error() -> None:
     """The photo is 0.6 in its left and 0.4 in its right half: the error is 0.1 everywhere, 20 dB at every level."""
     image = torch.full((32, 64, 3), 0.6)
@@ -99,6 +107,13 @@ def test_held_out_psnr_of_a_known_error() -> None:
     "options, message",
     [
         ({"methods": ("nerf",)}, "--methods nerf: there are root, nerfacto, infnerf"),
+        ({"methods": ("infnerf:max_level",)}, "--methods infnerf:max_level: write 'max_level' as KEY=VALUE"),
+        (
+            {"methods": ("infnerf:pipeline.model.octree.max_lvel=1",)},
+            "unknown key 'pipeline.model.octree.max_lvel', did you mean 'max_level'",
+        ),
+        ({"methods": ("infnerf:pipeline.model.octree.max_level=99",)}, "max-level 99: allowed is"),
+        ({"methods": ("infnerf:pipeline.model.sampler=[",)}, "'\\[' is not a YAML value"),
         ({"methods": ()}, "--methods: name at least one"),
         ({"minutes": ()}, "--minutes .* give rising numbers above 0"),
         ({"minutes": (2.0, 1.0)}, "--minutes .* give rising numbers above 0"),

@@ -14,9 +14,10 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
+import yaml
 from nerfstudio.cameras.cameras import Cameras
 from nerfstudio.cameras.rays import RayBundle
 from nerfstudio.configs.base_config import ViewerConfig
@@ -39,8 +40,10 @@ from infnerf_ns.data.pyramid import level_mean, num_levels
 from infnerf_ns.errors import InputError
 from infnerf_ns.model import InfNeRFModel
 from infnerf_ns.presets import load_preset, preset_names
+from infnerf_ns.validation import apply_yaml, validate_config
 
 PYRAMID_LEVELS = 5
+_ROOT_ALONE = "infnerf:pipeline.model.octree.max_level=0"
 _CHUNK = 4096
 _ENDLESS = 10_000_000
 _WARM_UP_STEPS = 50
@@ -55,7 +58,8 @@ class Quality:
     data: Path
     """Capture: a folder with transforms.json or transforms_train.json, or the word `demo`."""
     methods: tuple[str, ...] = ("infnerf", "nerfacto")
-    """What is trained: a preset of this package, `root` (the preset infnerf with its root alone), or `nerfacto`."""
+    """What is trained: `nerfacto`, or a preset of this package, also with settings of its own behind colons
+    (`infnerf:pipeline.model.field.children=independent`); `root` is the preset infnerf with its root alone."""
     minutes: tuple[float, ...] = (1.0, 2.0, 5.0, 10.0)
     """When the held-out photos are measured; the last is the length of the training."""
     scale: float = 1.0
@@ -134,12 +138,8 @@ class Quality:
             )
             if not torch.cuda.is_available():
                 config.machine.device_type, config.mixed_precision = "cpu", False
-        elif method == "root" or method in preset_names():
-            config = load_preset("infnerf" if method == "root" else method)
-            if method == "root":
-                config.pipeline.model.octree.max_level = 0
         else:
-            raise InputError(f"--methods {method}: there are root, nerfacto, {', '.join(preset_names())}")
+            config = _preset_with_settings(method)
         datamanager = config.pipeline.datamanager
         datamanager.dataparser, datamanager.data = self._dataparser(), None
         datamanager.camera_res_scale_factor = self.scale
@@ -155,6 +155,29 @@ class Quality:
         return NerfstudioDataParserConfig(
             data=self.data, orientation_method="none", eval_mode="interval", eval_interval=8
         )
+
+
+def _preset_with_settings(method: str) -> TrainerConfig:
+    """``PRESET:KEY=VALUE:KEY=VALUE``, where keys are dotted as on the command line and values are YAML."""
+    preset, *settings = _ROOT_ALONE.split(":") if method == "root" else method.split(":")
+    if preset not in preset_names():
+        raise InputError(f"--methods {method}: there are root, nerfacto, {', '.join(preset_names())}")
+    config = load_preset(preset)
+    for setting in settings:
+        key, equals, text = setting.partition("=")
+        if not equals:
+            raise InputError(f"--methods {method}: write '{setting}' as KEY=VALUE")
+        try:
+            value: Any = yaml.safe_load(text)
+        except yaml.YAMLError as error:
+            raise InputError(f"--methods {method}: '{text}' is not a YAML value") from error
+        for name in reversed(key.split(".")):
+            value = {name: value}
+        apply_yaml(config, value, f"--methods {method}")
+    report = validate_config(config)
+    if report.problems:
+        raise InputError(f"--methods {method}: {'; '.join(report.problems)}")
+    return config
 
 
 def _step(trainer: Trainer, step: int) -> None:
