@@ -20,8 +20,9 @@ from infnerf_ns.data.pyramid_datamanager import PyramidDataManagerConfig
 from infnerf_ns.errors import InputError
 from infnerf_ns.model import InfNeRFModelConfig
 from infnerf_ns.pipeline import InfNeRFPipelineConfig
+from infnerf_ns.training.level_groups import DecayToEndSchedulerConfig
 from infnerf_ns.training.optimizer import NodeAdamOptimizerConfig
-from infnerf_ns.training.trainer import DecayToEndSchedulerConfig, InfNeRFTrainerConfig
+from infnerf_ns.training.trainer import InfNeRFTrainerConfig
 from infnerf_ns.validation import apply_yaml, read_yaml, validate_config
 
 SETTINGS_VARIABLE = "INFNERF_SETTINGS"

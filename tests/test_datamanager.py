@@ -324,7 +324,7 @@ def test_the_crop_of_fisheye_photos_follows_the_resolution(tmp_path: Path, facto
 def test_photos_that_do_not_fit_into_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     write_capture(tmp_path)
     needed = 7 * WIDTH * HEIGHT * 5 // 4 * 3
-    memory = "infnerf_ns.data.pyramid_datamanager.psutil.virtual_memory"
+    memory = "infnerf_ns.data.pyramid_loading.psutil.virtual_memory"
     monkeypatch.setattr(memory, lambda: SimpleNamespace(available=needed))
     make_config(tmp_path).setup()
     monkeypatch.setattr(memory, lambda: SimpleNamespace(available=needed - 1))

@@ -28,7 +28,8 @@ from torch import nn
 from infnerf_ns.errors import InputError
 from infnerf_ns.torch_compat import allow_numpy_scalars
 from infnerf_ns.training import checkpoints
-from infnerf_ns.training.trainer import DecayToEndSchedulerConfig, InfNeRFTrainerConfig, expand_optimizers
+from infnerf_ns.training.level_groups import DecayToEndSchedulerConfig, expand_optimizers
+from infnerf_ns.training.trainer import InfNeRFTrainerConfig
 
 allow_numpy_scalars()
 STEPS = 12
@@ -409,12 +410,13 @@ def test_wrong_settings_are_named_as_flags_before_anything_is_built(tmp_path, ca
 
 
 def test_optimizers_are_expanded_per_octree_level(tmp_path):
-    config = tiny_config(tmp_path, level_lr_factor=0.5)
-    expanded = expand_optimizers(config, ["grids_0", "grids_3", "decoders_1"])
+    optimizers = tiny_config(tmp_path).optimizers
+    settings = {"level_lr_factor": 0.5, "total_steps": STEPS}
+    expanded = expand_optimizers(optimizers, ["grids_0", "grids_3", "decoders_1"], **settings)
     assert expanded["grids_0"]["optimizer"].lr == 1e-2
     assert expanded["grids_3"]["optimizer"].lr == pytest.approx(1e-2 / 8)
     assert expanded["grids_3"]["scheduler"].lr_final == pytest.approx(1e-4 / 8)
     assert expanded["grids_3"]["scheduler"].max_steps == STEPS
-    assert config.optimizers["grids"]["optimizer"].lr == 1e-2
+    assert optimizers["grids"]["optimizer"].lr == 1e-2
     with pytest.raises(InputError, match="no optimizer for the parameter group 'fields'"):
-        expand_optimizers(config, ["fields"])
+        expand_optimizers(optimizers, ["fields"], **settings)

@@ -3,18 +3,14 @@
 It also gives each octree level its own optimizer, from one configuration per kind of parameter.
 """
 
-import copy
 import functools
-import re
 import shlex
-from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, Literal, Optional, cast
 
 import torch
 from nerfstudio.engine.optimizers import Optimizers
-from nerfstudio.engine.schedulers import ExponentialDecaySchedulerConfig
 from nerfstudio.engine.trainer import TRAIN_INTERATION_OUTPUT, Trainer, TrainerConfig
 from nerfstudio.utils import profiler, writer
 from nerfstudio.utils.decorators import check_main_thread
@@ -23,19 +19,10 @@ from torch.optim.lr_scheduler import LambdaLR
 
 from infnerf_ns.errors import InputError
 from infnerf_ns.training import checkpoints
+from infnerf_ns.training.level_groups import expand_optimizers, level_group, optimizer_problems
 from infnerf_ns.training.stability import StabilityConfig, StepGuard, gradients_finite, values_finite
 from infnerf_ns.training.stopping import StopSignals, exit_code
 from infnerf_ns.validation import Range, enforce, validate_config, warn
-
-_LEVEL_GROUP = re.compile(r"(?P<kind>.+)_(?P<level>\d+)")
-
-
-@dataclass
-class DecayToEndSchedulerConfig(ExponentialDecaySchedulerConfig):
-    """nerfstudio's exponential decay, whose length can follow the length of the training."""
-
-    max_steps: int = 0
-    """Step at which lr_final is reached; 0 stands for the trainer's max_num_iterations."""
 
 
 @dataclass
@@ -77,7 +64,7 @@ class InfNeRFTrainerConfig(TrainerConfig):
             if getattr(self, name) < 0:
                 problems.append(f"--{name.replace('_', '-')} {getattr(self, name)}: allowed is at least 0 (0: never)")
         for name, steps in self.gradient_accumulation_steps.items():
-            match = _LEVEL_GROUP.fullmatch(name)
+            match = level_group(name)
             if name not in self.optimizers and (match is None or match["kind"] not in self.optimizers):
                 problems.append(
                     f"--gradient-accumulation-steps {name}: there is no such group; there are"
@@ -86,7 +73,7 @@ class InfNeRFTrainerConfig(TrainerConfig):
             if steps < 1:
                 problems.append(f"--gradient-accumulation-steps {name} {steps}: allowed is at least 1")
         for kind, group in self.optimizers.items():
-            problems += _optimizer_problems(kind, group)
+            problems += optimizer_problems(kind, group)
         if self.machine.num_devices * self.machine.num_machines > 1:
             problems.append("--machine.num-devices, --machine.num-machines: training on several devices is not built")
         return problems
@@ -149,10 +136,16 @@ class InfNeRFTrainer(Trainer):
         """One optimizer per parameter group; the configuration names kinds, the model's groups are kinds per level."""
         groups = self.pipeline.get_param_groups()
         for name in groups:
-            match = _LEVEL_GROUP.fullmatch(name)
+            match = level_group(name)
             if match is not None and match["kind"] in self.gradient_accumulation_steps:
                 self.gradient_accumulation_steps.setdefault(name, self.gradient_accumulation_steps[match["kind"]])
-        return Optimizers(expand_optimizers(self.config, groups), groups)
+        expanded = expand_optimizers(
+            self.config.optimizers,
+            groups,
+            level_lr_factor=self.config.level_lr_factor,
+            total_steps=self.config.max_num_iterations,
+        )
+        return Optimizers(expanded, groups)
 
     def train(self) -> None:
         """Train up to ``max_num_iterations`` steps in total, then save and say how to look at the result.
@@ -437,35 +430,6 @@ class InfNeRFTrainer(Trainer):
         return {**norms, "Gradients/Total": torch.stack(list(norms.values())).sum()} if norms else {}
 
 
-def expand_optimizers(config: InfNeRFTrainerConfig, group_names: Iterable[str]) -> dict[str, Any]:
-    """Optimizer and scheduler configurations for the model's parameter groups.
-
-    A group's own name wins; else ``<kind>_<level>`` takes the configuration of its kind with learning rates multiplied
-    by ``level_lr_factor ** level``.
-
-    Raises:
-        InputError: a group without configuration.
-    """
-    expanded = {}
-    for name in group_names:
-        match = _LEVEL_GROUP.fullmatch(name)
-        kind, level = (name, 0) if name in config.optimizers or match is None else (match["kind"], int(match["level"]))
-        if kind not in config.optimizers:
-            raise InputError(
-                f"no optimizer for the parameter group '{name}': --optimizers has only {', '.join(config.optimizers)}"
-            )
-        group = copy.deepcopy(config.optimizers[kind])
-        factor = config.level_lr_factor**level
-        group["optimizer"].lr *= factor
-        scheduler = group.setdefault("scheduler", None)
-        if getattr(scheduler, "lr_final", None) is not None:
-            scheduler.lr_final *= factor
-        if isinstance(scheduler, DecayToEndSchedulerConfig) and scheduler.max_steps == 0:
-            scheduler.max_steps = max(config.max_num_iterations, scheduler.warmup_steps + 1)
-        expanded[name] = group
-    return expanded
-
-
 def _find_checkpoints_to_resume(config: TrainerConfig) -> list[Path]:
     """Checkpoints to try, best first; empty for a new run. Raises InputError if what the flags name is not there."""
     if config.load_dir is not None:
@@ -476,14 +440,3 @@ def _find_checkpoints_to_resume(config: TrainerConfig) -> list[Path]:
             raise InputError(f"--load-checkpoint {config.load_checkpoint}: the file {what}")
         return [config.load_checkpoint]
     return []
-
-
-def _optimizer_problems(kind: str, group: dict[str, Any]) -> list[str]:
-    problems = []
-    rate = group["optimizer"].lr
-    if not 0 < rate < 10:
-        problems.append(f"--optimizers.{kind}.optimizer.lr {rate}: allowed is above 0 and below 10")
-    final = getattr(group.get("scheduler"), "lr_final", None)
-    if final is not None and not 0 < final < 10:
-        problems.append(f"--optimizers.{kind}.scheduler.lr-final {final}: allowed is above 0 and below 10")
-    return problems

@@ -1,0 +1,115 @@
+"""Photos of a dataset, decoded in threads into a pixel pyramid; or one line about what cannot be read or held."""
+
+from __future__ import annotations
+
+import os
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+import psutil
+from nerfstudio.data.datasets.base_dataset import InputDataset
+from nerfstudio.utils.rich_utils import CONSOLE
+from PIL import Image
+from rich.progress import track
+
+from infnerf_ns.data import checks
+from infnerf_ns.data.pyramid import PixelPyramid, num_levels
+from infnerf_ns.errors import InputError
+
+
+def load_pyramid(
+    dataset: InputDataset,
+    max_levels: int,
+    name: str,
+    *,
+    ignore_masks: bool = False,
+    level_share: float = 0.0,
+    crop_radius: float | None = None,
+) -> PixelPyramid:
+    """Decodes all photos of a dataset, in threads, into a pyramid.
+
+    Args:
+        dataset: nerfstudio's; its scaling, alpha compositing and mask colour apply.
+        max_levels: pyramid levels per photo.
+        name: of the split, for the progress bar.
+        ignore_masks: draw masked pixels, too.
+        level_share: share of the draws in which every level has the same chance.
+        crop_radius: pixels farther from the middle of a photo are masked.
+
+    Raises:
+        InputError: a photo or mask cannot be decoded, or the photos do not fit into memory.
+    """
+    outputs = dataset._dataparser_outputs
+    headers = [_header(path) for path in dataset.image_filenames]
+    sizes = [(int(height * dataset.scale_factor), int(width * dataset.scale_factor)) for width, height, _ in headers]
+    composited = outputs.alpha_color is not None
+    channels = 3 if composited else max(3, max(bands for _, _, bands in headers))
+    masked = (outputs.mask_filenames is not None and not ignore_masks) or crop_radius is not None
+    _check_memory(sizes, channels + masked, max_levels, name)
+    pyramid = PixelPyramid(sizes, channels, max_levels, masked, level_share)
+    image_type = (
+        "float32" if composited or dataset.mask_color else "uint8"
+    )  # nerfstudio truncates composited uint8 colours
+
+    def load(index: int) -> None:
+        try:
+            data = dataset.get_data(index, image_type=image_type)
+        except (OSError, SyntaxError, ValueError, AssertionError) as error:
+            raise _unreadable(dataset, index, error) from error
+        image = data["image"].numpy()
+        if image.dtype != np.uint8:
+            image = np.rint(image * 255.0).astype(np.uint8)
+        if image.shape[2] < channels:
+            image = np.concatenate([image, np.full_like(image[..., :1], 255)], axis=-1)
+        mask = data["mask"][..., 0].numpy() if "mask" in data and not ignore_masks else None
+        if crop_radius is not None:
+            circle = circle_mask(image.shape[0], image.shape[1], crop_radius)
+            mask = circle if mask is None else mask & circle
+        pyramid.set_photo(index, image, mask)
+
+    with ThreadPoolExecutor(max_workers=min(8, os.cpu_count() or 1)) as threads:
+        done = threads.map(load, range(len(dataset)))
+        for _ in track(done, f"Loading {len(dataset)} {name} photos", len(dataset), console=CONSOLE, transient=True):
+            pass
+    return pyramid
+
+
+def _check_memory(sizes: list[tuple[int, int]], bytes_per_pixel: int, max_levels: int, name: str) -> None:
+    """One line before anything is loaded if the pyramids do not fit into memory."""
+    pixels = sum(
+        (height >> level) * (width >> level)
+        for height, width in sizes
+        for level in range(num_levels(height, width, max_levels))
+    )
+    needed, free = pixels * bytes_per_pixel, psutil.virtual_memory().available
+    if needed > free:
+        raise InputError(
+            f"the {len(sizes)} {name} photos need {needed / 2**30:.1f} GiB, but only {free / 2**30:.1f} GiB of memory"
+            " are free: train on smaller photos with --pipeline.datamanager.camera-res-scale-factor 0.5, or the"
+            " dataparser's --downscale-factor"
+        )
+
+
+def _unreadable(dataset: InputDataset, index: int, error: Exception) -> InputError:
+    """The line for a photo whose pixels, or whose mask, cannot be decoded."""
+    masks = dataset._dataparser_outputs.mask_filenames
+    if masks is not None:
+        try:
+            with Image.open(masks[index]) as mask:
+                mask.load()
+        except (OSError, SyntaxError, ValueError) as mask_error:
+            return checks.unreadable(masks[index], "mask", mask_error)
+    return checks.unreadable(dataset.image_filenames[index], "photo", error)
+
+
+def _header(path: Path) -> tuple[int, int, int]:
+    """Width, height and channels of a photo."""
+    with Image.open(path) as image:
+        return *image.size, len(image.getbands())
+
+
+def circle_mask(height: int, width: int, radius: float) -> np.ndarray:
+    """The pixels of a fisheye photo within ``radius`` of its centre, where nerfstudio's pixel sampler draws."""
+    rows, columns = np.ogrid[:height, :width]
+    return (rows - height // 2) ** 2 + (columns - width // 2) ** 2 <= radius**2
