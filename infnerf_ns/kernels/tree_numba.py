@@ -79,6 +79,13 @@ def _entry(cx, cy, cz, corner, resolution, size, hashed):
     return np.uintp(index)
 
 
+@nb.njit(inline="always")
+def _grid(hash_level, features, scales, resolutions, sizes, offsets, hashed):
+    """A hash level's scale, resolution, number of entries, first element in a page, and whether it is hashed."""
+    resolution, size = np.uint32(resolutions[hash_level]), np.uint32(sizes[hash_level])
+    return scales[hash_level], resolution, size, np.uintp(offsets[hash_level] * features), hashed[hash_level]
+
+
 @nb.njit(parallel=True, cache=True, fastmath=True, error_model="numpy", boundscheck=False)
 def encode(
     unit, path, level, start, first, coords, bank, radii, cells, out, column, weights, weight_column,
@@ -107,10 +114,9 @@ def encode(
             local[i, 0], local[i, 1], local[i, 2] = _local(unit, begin + i, node, level, coords)
             local[i, 3] = np.float32(1) / max(radii[begin + i], np.float32(1e-12)) if weighted else np.float32(0)
         for hash_level in range(len(scales)):
-            scale = scales[hash_level]
-            resolution, size = np.uint32(resolutions[hash_level]), np.uint32(sizes[hash_level])
-            is_hashed = hashed[hash_level]
-            base = np.uintp(offsets[hash_level] * features)
+            scale, resolution, size, base, is_hashed = _grid(
+                hash_level, features, scales, resolutions, sizes, offsets, hashed
+            )
             first_column = column + hash_level * features
             for i in range(number):
                 cx, cy, cz, fx, fy, fz = _cell(local[i, 0], local[i, 1], local[i, 2], scale)
@@ -153,10 +159,9 @@ def encode_backward(
     for task in nb.prange(len(order) * parts):
         hash_level = order[task // parts]
         part = task % parts
-        scale = scales[hash_level]
-        resolution, size = np.uint32(resolutions[hash_level]), np.uint32(sizes[hash_level])
-        is_hashed = hashed[hash_level]
-        base = np.uintp(offsets[hash_level] * features)
+        scale, resolution, size, base, is_hashed = _grid(
+            hash_level, features, scales, resolutions, sizes, offsets, hashed
+        )
         first_column = column + hash_level * features
         for p in range(start, len(unit)):
             node = path[p, level]
@@ -197,10 +202,7 @@ def add_sum(unit, path, level, first, coords, bank, out, scales, resolutions, si
                 local[number, 0], local[number, 1], local[number, 2] = _local(unit, p, node, level, coords)
                 number += 1
         for hash_level in range(len(scales)):
-            scale = scales[hash_level]
-            resolution, size = np.uint32(resolutions[hash_level]), np.uint32(sizes[hash_level])
-            is_hashed = hashed[hash_level]
-            base = np.uintp(offsets[hash_level])
+            scale, resolution, size, base, is_hashed = _grid(hash_level, 1, scales, resolutions, sizes, offsets, hashed)
             for i in range(number):
                 cx, cy, cz, fx, fy, fz = _cell(local[i, 0], local[i, 1], local[i, 2], scale)
                 r = row[i]
@@ -220,10 +222,7 @@ def add_sum_backward(
     for task in nb.prange(len(order) * parts):
         hash_level = order[task // parts]
         part = task % parts
-        scale = scales[hash_level]
-        resolution, size = np.uint32(resolutions[hash_level]), np.uint32(sizes[hash_level])
-        is_hashed = hashed[hash_level]
-        base = np.uintp(offsets[hash_level])
+        scale, resolution, size, base, is_hashed = _grid(hash_level, 1, scales, resolutions, sizes, offsets, hashed)
         for p in range(len(unit)):
             node = path[p, level]
             if node < 0 or grad_out[p] == 0 or (parts > 1 and (node - first) % parts != part):
