@@ -1,15 +1,13 @@
 """The octree field: routes samples through the tree and evaluates the nodes' hash grids and decoders.
 
 Parameters live in one bank per octree level and kind, ``[nodes_at_level, page]``: ``grids`` (multi-resolution hash
-grid),
-``decoders`` (density and colour MLP) and ``proposals`` (a small grid of log density for the sampler). The number of
-Parameters is fixed by ``max_level``; a tree of other size replaces the tensors inside of them.
+grid), ``decoders`` (density and colour MLP) and ``proposals`` (a small grid of log density for the sampler). The number
+of Parameters is fixed by ``max_level``; a tree of other size replaces the tensors inside of them.
 
 - ``children="independent"`` (InfNeRF): every node is a complete NeRF that knows nothing of its parent.
 - ``children="residual"`` (RING-NeRF's idea on the octree): a child holds only the finer hash levels; a sample reads
-  the features of
-  its node and of all ancestors, finer ones are zero. A child whose features are zero and whose decoder is its parent's
-  *is* its parent.
+  the features of its node and of all ancestors, finer ones are zero. A child whose features are zero and whose decoder
+  is its parent's *is* its parent.
 """
 
 from __future__ import annotations
@@ -182,7 +180,7 @@ class OctreeField(nn.Module):
         Args:
             positions: world positions.
             footprints: radii in scene units; None asks for the finest nodes.
-            max_level: a cut of the tree, further than training has come.
+            max_level: a cut of the tree; levels that have not started are cut anyway.
             coarsen: factors by which the footprints count as larger for the choice of the node (not for the node's
             hash levels).
         """
@@ -396,11 +394,6 @@ class OctreeField(nn.Module):
         routed = self.route(positions, footprints, max_level)
         density, _ = self.density(routed)
         return torch.empty_like(density).index_put((routed.order,), density)
-
-    def density_fn(self, positions: Float[Tensor, "*bs 3"], times: Tensor | None = None) -> Float[Tensor, "*bs 1"]:
-        """nerfstudio's density function: it gives no footprint, so the finest nodes answer."""
-        del times
-        return self.density_at(positions.reshape(-1, 3)).reshape(*positions.shape[:-1], 1)
 
 
 def _tree_buffers(octree: Octree) -> dict[str, Tensor]:

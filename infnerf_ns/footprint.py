@@ -1,9 +1,9 @@
 """Footprints and ground sampling distances: how large a sample is on screen, and which octree level shows that size.
 
 Vocabulary (design section 2): the *footprint* of a sample is the radius of its pixel's cone there; the *GSD* of a
-level is the
-finest cell that a node of that level resolves; the *continuous level* of a sample is ``log2(gsd(0) / footprint)``.
-Pure functions on tensors, no nerfstudio. Source: InfNeRF (SIGGRAPH Asia 2024), section 3.2 and its supplement.
+level is the finest cell that a node of that level resolves; the *continuous level* of a sample is ``log2(gsd(0) /
+footprint)``. Pure functions on tensors, no nerfstudio. Source: InfNeRF (SIGGRAPH Asia 2024), section 3.2 and its
+supplement.
 """
 
 from __future__ import annotations

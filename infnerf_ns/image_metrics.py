@@ -40,8 +40,7 @@ def image_metrics(
     """Metrics of one image; masked pixels do not count, and an image without others has no metrics.
 
     SSIM (and LPIPS) need images of at least 11 (64) pixels per side and are left out below that. With a mask, SSIM and
-    LPIPS are taken
-    over the whole image with the masked pixels set to the target's.
+    LPIPS are taken over the whole image with the masked pixels set to the target's.
     """
     predicted = predicted.clamp(0, 1)
     metrics = {}

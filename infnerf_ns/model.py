@@ -83,7 +83,7 @@ class InfNeRFModelConfig(ModelConfig):
     _target: type = dataclasses.field(default_factory=lambda: InfNeRFModel)
     enable_collider: bool = False
     """Unused: the sampler sets the near plane from the data."""
-    eval_num_rays_per_chunk: int = 8192
+    eval_num_rays_per_chunk: Annotated[int, Range(1)] = 8192
     """Rays per chunk when images are rendered."""
     octree: OctreeConfig = dataclasses.field(default_factory=OctreeConfig)
     """The tree."""
@@ -179,10 +179,6 @@ class InfNeRFModel(Model):
                 "the checkpoint holds no octree: it was not written by infnerf; check --load-dir or --load-config"
             )
         octree = octree_from_state(state_dict, "field.").to(self.device)
-        layout = PageLayout(self.config.field, octree.node_resolution, self.config.octree.max_level)
-        grown, held = (sum(layout.memory_bytes(tree, training=self.training)) for tree in (octree, self.field.octree))
-        if grown > held:
-            require_memory([grown - held], self.device)
         missing = {f"field.{name}" for name, _ in self.field.named_parameters()} ^ {
             name
             for name in state_dict
@@ -194,10 +190,12 @@ class InfNeRFModel(Model):
                 " config.yml that was written beside it, or the same --pipeline.model.octree and"
                 " --pipeline.model.field options"
             )
+        layout = PageLayout(self.config.field, octree.node_resolution, self.config.octree.max_level)
+        grown, held = (sum(layout.memory_bytes(tree, training=self.training)) for tree in (octree, self.field.octree))
+        if grown > held:
+            require_memory([grown - held], self.device)
         self.field.set_octree(octree)
-        if self.near_planes is not None and "near_planes.points" not in state_dict:
-            self.near_planes = None  # trained with one near plane for all
-        elif self.near_planes is not None:
+        if self.near_planes is not None:
             self.near_planes.fit(len(state_dict["near_planes.points"]))
         for name, value in self.field.named_parameters():
             saved = state_dict[f"field.{name}"]
@@ -290,22 +288,20 @@ class InfNeRFModel(Model):
         rays, per_ray = samples.frustums.starts.shape[:2]
         positions, footprints = sample_geometry(samples, jitter=self.training and self.config.sampler.footprint_jitter)
         positions = positions.reshape(-1, 3)
-        footprints = None if footprints is None else footprints.reshape(-1)
+        footprints = routing = None if footprints is None else footprints.reshape(-1)
         if blend and footprints is not None:
             # Training draws the level of a sample from lod + u, u in -1/2..1/2; this blend is its expectation.
-            footprints = footprints / math.sqrt(2)
+            routing = footprints / math.sqrt(2)
         coarsen = None
         if self.training and footprints is not None:
             octaves = int(self.field.active_level)
             coarsen = random_coarsening(rays, per_ray, self.config.sampler.coarse_share, octaves)
             coarsen = None if coarsen is None else coarsen.to(positions.device)
-        routed = self.field.route(positions, footprints, coarsen=coarsen)
+        routed = self.field.route(positions, routing, coarsen=coarsen)
         share = torch.ones(len(positions), device=positions.device)
         if blend and footprints is not None:
-            share = octree.fraction(octree.level[routed.node], footprints[routed.order])
-            routed = routed._replace(
-                footprints=math.sqrt(2) * routed.footprints
-            )  # detail fades by the footprint itself
+            share = octree.fraction(octree.level[routed.node], routed.footprints)
+            routed = routed._replace(footprints=footprints[routed.order])  # detail fades by the footprint itself
             routed, share = self.field.with_parents(routed, share)
         density, geo = self.field.density(routed)
 
@@ -326,8 +322,6 @@ class InfNeRFModel(Model):
         )
         rgb = torch.zeros_like(positions).index_add(0, routed.order[kept], share[kept, None] * color)
         rgb = rgb.reshape(rays, per_ray, 3)
-        if not self.training:
-            self.renderer_rgb.eval()
 
         outputs: dict[str, Any] = {
             "rgb": self.renderer_rgb(rgb=rgb, weights=weights),
@@ -354,7 +348,7 @@ class InfNeRFModel(Model):
     # -- losses and metrics
 
     def get_metrics_dict(self, outputs: dict[str, Any], batch: dict[str, Any]) -> dict[str, Tensor]:
-        """PSNR of the batch (over all its pyramid levels), distortion, nodes in use."""
+        """PSNR of the batch (over all its pyramid levels), distortion."""
         predicted, target = self._rgb_pair(outputs, batch)
         metrics = {"psnr": -10 * torch.log10(reconstruction.mse(predicted, target))}
         if self.training:

@@ -3,7 +3,7 @@
 One near plane for a whole capture must let the closest photo see what is right in front of it. Photos from far above
 then have a long way through air that few other photos cross, and training fills it with fog. So every camera gets a
 plane of its own: half of the distance to the nearest thing that its image shows. (Own code: nerfstudio's colliders
-know one near plane, or a box.) It measures 0.8 dB on the demo town, whose photos are 2 m to 140 m from what they show.
+know one near plane, or a box.) It measures 0.8 dB on the demo town, whose photos are 2 m to 77 m from what they show.
 """
 
 from __future__ import annotations

@@ -1,15 +1,14 @@
 """The octree as flat tensors: which nodes exist, and which of them evaluates a sample.
 
 N nodes: ``level [N]``, ``coords [N, 3]`` (integer cell at the node's level), ``parent [N]``, ``children [N, 8]`` (-1 =
-none).
-Nodes are sorted by level, so the nodes of one level are one block of rows; the root is node 0. No node objects, no
-recursion, no ``torch.nn``, no nerfstudio. Positions are in three frames:
+none). Nodes are sorted by level, so the nodes of one level are one block of rows; the root is node 0. No node objects,
+no recursion, no ``torch.nn``, no nerfstudio. Positions are in three frames:
 
 - *world*: the frame of the cameras, scene units;
 - *unit*: ``[0, 1]^3`` over the root cube (outside of it for the background);
 - *local*: ``[0, 1)^3`` over one node. The root alone also holds the background: its local frame is the L-inf
-  contraction
-  (mip-NeRF 360, eq. 10, with the maximum norm) of the whole space, in which the root cube is the middle half per axis.
+  contraction (mip-NeRF 360, eq. 10, with the maximum norm) of the whole space, in which the root cube is the middle
+  half per axis.
 
 Source: InfNeRF (SIGGRAPH Asia 2024), sections 3.1 to 3.3.
 """
@@ -56,8 +55,7 @@ class Located(NamedTuple):
     """position in the node's local frame, in [0, 1)"""
     fraction: Float[Tensor, "M"]
     """weight of the node against its parent, in (0, 1]: how far the continuous level is past the parent's; 1 at the
-    root and
-    where the tree ends before the sample's level"""
+    root and where the tree ends before the sample's level"""
 
 
 def root_cube(
@@ -70,8 +68,7 @@ def root_cube(
         align: ``none`` keeps the world's axes; ``pca`` turns the shortest principal axis up; ``auto`` does so only
         where the
             scene is flat (shortest principal extent below half of the middle one) and tilted by more than 5 degrees,
-            which
-            nerfstudio's ``orientation_method up`` does to nadir flights.
+            which nerfstudio's ``orientation_method up`` does to nadir flights.
         trim: share of points ignored at both ends of each axis.
         margin: the trimmed box is enlarged by this factor.
 
@@ -180,9 +177,8 @@ class Octree:
         that node.
 
         The rule (paper, section 3.2): a node keeps the sample if ``footprint >= gsd(level)``, else the child octant
-        takes it; where
-        the child is missing the node keeps it; samples outside the root cube stay in the root. All samples walk down
-        together.
+        takes it; where the child is missing the node keeps it; samples outside the root cube stay in the root. All
+        samples walk down together.
 
         Args:
             unit: positions in unit coordinates.
@@ -261,8 +257,7 @@ def build_octree(
     """Tree of the cells in which photos show more than the parent resolves.
 
     A child exists where at least ``min_points`` points of its octant have a footprint finer than the parent's GSD, and
-    its parent
-    exists (paper, section 3.4). Levels are found together per level with one sort, without recursion.
+    its parent exists (paper, section 3.4). Levels are found together per level with one sort, without recursion.
 
     Args:
         points: world positions of SfM points.

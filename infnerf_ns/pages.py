@@ -5,9 +5,6 @@ from __future__ import annotations
 from infnerf_ns.kernels import HashLayout, mlp_page_size
 from infnerf_ns.octree import Octree
 
-KINDS = ("grids", "decoders", "proposals")
-"""Kinds of banks; one Parameter per kind and octree level."""
-
 
 class PageLayout:
     """Layouts of the pages of all octree levels.

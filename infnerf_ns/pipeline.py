@@ -25,6 +25,7 @@ from nerfstudio.utils import profiler
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from torch import Tensor
 
+from infnerf_ns.data.pyramid import level_name
 from infnerf_ns.data.pyramid_datamanager import PyramidDataManager, PyramidDataManagerConfig
 from infnerf_ns.model import APPEARANCE, InfNeRFModel, InfNeRFModelConfig
 from infnerf_ns.validation import Range
@@ -41,8 +42,7 @@ class InfNeRFPipelineConfig(VanillaPipelineConfig):
     """The octree of NeRFs."""
     eval_protocol: Literal["full", "half"] = "full"
     """full: whole held-out photos with the mean appearance code; half: the paper's protocol, the code of a held-out
-    photo is fitted on
-    its left half and the metrics are taken on the right half."""
+    photo is fitted on its left half and the metrics are taken on the right half."""
     half_fit_steps: Annotated[int, Range(1, 10_000)] = 50
     """Steps of that fit."""
     half_fit_lr: Annotated[float, Range(1e-6, 1.0, warn_above=0.1)] = 0.02
@@ -71,13 +71,14 @@ class InfNeRFPipeline(VanillaPipeline):
         table = self.model.field.appearance
         if table is None:
             return None
-        image = batch["image"][..., :3].to(self.device)
+        _, camera, image, mask = next(self.datamanager.eval_pyramid(camera, batch))
+        image = self.model.renderer_rgb.blend_background(image.to(self.device))
         height, half = image.shape[0], image.shape[1] // 2
         code = table.weight.detach().mean(dim=0).clone().requires_grad_()
         optimizer = torch.optim.Adam([code], lr=self.config.half_fit_lr)
         rays = self.model.camera_rays(camera.to(self.device))[:, :half].flatten()
         target = image[:, :half].reshape(-1, 3)
-        seen = batch["mask"][:, :half].reshape(-1).bool().to(self.device) if "mask" in batch else None
+        seen = None if mask is None else mask[:, :half].reshape(-1).to(self.device)
         candidates = torch.arange(height * half, device=target.device) if seen is None else torch.nonzero(seen)[:, 0]
         if len(candidates) == 0:
             return code.detach()
@@ -135,7 +136,7 @@ class InfNeRFPipeline(VanillaPipeline):
                 outputs = {name: value[:, right:] for name, value in outputs.items()}
                 photo = {name: value[:, right:] for name, value in photo.items()}
             level_metrics, level_images = self.model.get_image_metrics_and_images(outputs, photo)
-            scale = "1" if level == 0 else f"1/{2**level}"
+            scale = level_name(level)
             for name, value in level_metrics.items():
                 metrics[f"{name}_{scale}"] = value
                 per_level[name].append(value)

@@ -2,9 +2,8 @@
 evaluates.
 
 The sampler does not own the field: the caller passes ``density_fn(positions [M, 3], footprints [M]) -> [M]``. Early
-rounds have long
-intervals, so they touch only coarse nodes; what a round costs does not depend on how deep the tree is below.
-Source: mip-NeRF 360 (proposals, annealing), NerfAcc's comparison of samplers; design section 6.
+rounds have long intervals, so they touch only coarse nodes; what a round costs does not depend on how deep the tree is
+below. Source: mip-NeRF 360 (proposals, annealing), NerfAcc's comparison of samplers; design section 6.
 """
 
 from __future__ import annotations
@@ -33,7 +32,7 @@ DensityFn = Callable[[Float[Tensor, "M 3"], Float[Tensor, "M"] | None], Float[Te
 class SamplerConfig:
     """How rays are sampled."""
 
-    proposal_samples: tuple[int, ...] = field(default_factory=lambda: (48, 24))
+    proposal_samples: Annotated[tuple[int, ...], Range(4, 1024)] = field(default_factory=lambda: (48, 24))
     """Samples per ray of each proposal round."""
     samples: Annotated[int, Range(4, 1024)] = 16
     """Samples per ray that the field evaluates."""
@@ -52,8 +51,7 @@ class SamplerConfig:
     """Far plane, in edge lengths of the root cube."""
     coarse_share: Annotated[float, Range(0.0, 1.0)] = 0.3
     """Share of the training rays that are routed to coarser nodes than their footprint asks for, so that coarse nodes
-    go on
-    learning from the fine pixels when finer nodes have started."""
+    go on learning from the fine pixels when finer nodes have started."""
     footprint_jitter: bool = True
     """Training perturbs the footprint by 2**(u - 1/2), u uniform in 0..1, so that adjacent levels learn each other's
     samples."""
@@ -87,8 +85,7 @@ class LoDSampler(nn.Module):
         return float(self.range[1])
 
     # Equal steps of log t are equal steps of footprint, what a level-of-detail tree wants; beyond the scene disparity,
-    # so that the
-    # background does not take half of the samples. Value and slope agree at the bend.
+    # so that the background does not take half of the samples. Value and slope agree at the bend.
     def _spacing(self, t: Tensor) -> Tensor:
         ratio = t / self.bend
         return torch.where(ratio < 1, torch.log(ratio.clamp(min=1e-9)), 1 - 1 / ratio.clamp(min=1))
@@ -110,7 +107,13 @@ class LoDSampler(nn.Module):
     def forward(
         self, rays: RayBundle, density_fn: DensityFn, step: int
     ) -> tuple[RaySamples, list[Float[Tensor, "R S 1"]], list[RaySamples]]:
-        """Samples for the field, and weights and samples of every proposal round."""
+        """Samples for the field, and weights and samples of every proposal round.
+
+        Args:
+            rays: R rays; where they have no ``nears`` or ``fars`` (scene units), they are given them.
+            density_fn: density of the proposals per scene unit.
+            step: of the training, for the schedules; of no effect in evaluation.
+        """
         if rays.nears is None:
             rays.nears = torch.full_like(rays.origins[:, :1], self.near)
         if rays.fars is None:
@@ -152,9 +155,8 @@ def sample_geometry(
     Returns:
         World positions, and radii in scene units. The radii are None if the rays carry nerfstudio's placeholder
         ``pixel_area == 1`` (texture export, nearest-camera render): no footprint is known, the finest level answers.
-        Parallel rays
-        (orthographic cameras, ``pixel_area == 0``) have the radius ``ORTHOGRAPHIC_FOOTPRINT`` of their metadata
-        everywhere.
+        Parallel rays (orthographic cameras, ``pixel_area == 0``) have the radius ``ORTHOGRAPHIC_FOOTPRINT`` of their
+        metadata everywhere.
     """
     frustums = samples.frustums
     middle = (frustums.starts + frustums.ends) / 2

@@ -39,8 +39,7 @@ class OctreeConfig:
     """SfM points finer than the parent's GSD that an octant needs to become a node."""
     align: Literal["auto", "none", "pca"] = "auto"
     """Axes of the root cube: the scene's (none), the points' principal axes with the shortest up (pca), or pca only
-    where the
-    scene is flat and tilted (auto)."""
+    where the scene is flat and tilted (auto)."""
     trim: Annotated[float, Range(0.0, 0.2)] = 0.01
     """Share of outlying SfM points that the root cube ignores at both ends of each axis."""
     level_start_steps: Annotated[int, Range(0, 1_000_000)] = 1500

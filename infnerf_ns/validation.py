@@ -30,8 +30,6 @@ class Range:
 
     low: Optional[float] = None
     high: Optional[float] = None
-    warn_below: Optional[float] = None
-    """Legal but rarely wanted: smaller values give a warning."""
     warn_above: Optional[float] = None
     """Legal but rarely wanted: larger values give a warning."""
 
@@ -173,10 +171,8 @@ def _walk(value: Any, prefix: str, report: Report) -> None:
             _walk(item, f"{flag}.", report)
         else:
             _check_value(flag, item, hints.get(name, Any), report)
-    here = prefix.rstrip(".")
-    place = "" if here.strip("-") == "" else f"{here}: "
-    report.problems += [f"{place}{line}" for line in getattr(value, "check", list)()]
-    report.warnings += [f"{place}{line}" for line in getattr(value, "advise", list)()]
+    report.problems += getattr(value, "check", list)()
+    report.warnings += getattr(value, "advise", list)()
 
 
 def _check_value(flag: str, value: Any, hint: Any, report: Report) -> None:
@@ -192,8 +188,6 @@ def _check_value(flag: str, value: Any, hint: Any, report: Report) -> None:
                 report.problems.append(f"{flag} {_show(value)}: allowed is {limit}")
             elif limit.warn_above is not None and number > limit.warn_above:
                 report.warnings.append(f"{flag} {_show(value)} is unusually large (above {limit.warn_above:g})")
-            elif limit.warn_below is not None and number < limit.warn_below:
-                report.warnings.append(f"{flag} {_show(value)} is unusually small (below {limit.warn_below:g})")
 
 
 def _strip(hint: Any) -> tuple[Any, list[Range]]:

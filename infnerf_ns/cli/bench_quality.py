@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+import numpy as np
 import torch
 import yaml
 from nerfstudio.cameras.cameras import Cameras
@@ -36,7 +37,8 @@ from torch import Tensor
 
 from infnerf_ns.cli.bench_machine import describe_machine
 from infnerf_ns.data.demo_dataparser import InfNeRFDemoDataParserConfig
-from infnerf_ns.data.pyramid import level_mean, num_levels
+from infnerf_ns.data.pyramid import downsample_mask, level_mean, level_name, num_levels
+from infnerf_ns.data.pyramid_rays import level_camera
 from infnerf_ns.errors import InputError
 from infnerf_ns.model import InfNeRFModel
 from infnerf_ns.presets import load_preset, preset_names
@@ -204,25 +206,27 @@ def held_out_psnr(model: Model, dataset: InputDataset, pixels: int, seed: int) -
     Args:
         model: in evaluation mode.
         dataset: held-out photos.
-        pixels: per photo and level, without replacement; all of them where a level has fewer.
+        pixels: per photo and level, without replacement and not masked; all of them where a level has fewer.
         seed: the same seed takes the same pixels.
     """
     generator = torch.Generator().manual_seed(seed)
     psnr: dict[str, list[Tensor]] = {}
     count = 0
     for number in range(len(dataset)):
-        image = dataset[number]["image"][..., :3]
+        photo = dataset[number]
+        image, mask = photo["image"], photo.get("mask")
         for level in range(num_levels(*image.shape[:2], PYRAMID_LEVELS)):
-            target = level_mean(image, level)
-            camera = copy.deepcopy(dataset.cameras[number : number + 1]).to(model.device)
-            camera.rescale_output_resolution(0.5**level)
-            camera.height = torch.full_like(camera.height, target.shape[0])
-            camera.width = torch.full_like(camera.width, target.shape[1])
-            chosen = torch.randperm(target.shape[0] * target.shape[1], generator=generator)[:pixels]
+            target = model.renderer_rgb.blend_background(level_mean(image, level))
+            camera = level_camera(dataset.cameras[number : number + 1], level, *target.shape[:2]).to(model.device)
+            valid = np.ones(target.shape[:2], bool) if mask is None else downsample_mask(mask[..., 0].numpy(), level)
+            candidates = torch.from_numpy(np.flatnonzero(valid))
+            if len(candidates) == 0:
+                continue
+            chosen = candidates[torch.randperm(len(candidates), generator=generator)[:pixels]]
             rays = _camera_rays(model, camera).flatten()[chosen.to(model.device)]
             colors = torch.cat([model(rays[start : start + _CHUNK])["rgb"] for start in range(0, len(rays), _CHUNK)])
             error = (colors.clamp(0, 1).cpu() - target.reshape(-1, 3)[chosen]).square().mean()
-            psnr.setdefault("1" if level == 0 else f"1/{2**level}", []).append(-10 * torch.log10(error))
+            psnr.setdefault(level_name(level), []).append(-10 * torch.log10(error))
             count += len(chosen)
     return {level: float(torch.stack(values).mean()) for level, values in psnr.items()}, count
 

@@ -1,4 +1,4 @@
-"""``infnerf-picture``: held-out photos of a trained run beside what the model renders, as one PNG to look at.
+"""``infnerf-picture``: held-out photos of a trained run beside what the model renders, as one picture to look at.
 
 A row per photo: the photo, the render, the octree level that each pixel used (blue = root), depth, normals.
 """
@@ -17,15 +17,17 @@ from nerfstudio.utils.eval_utils import eval_setup
 from infnerf_ns.errors import InputError
 from infnerf_ns.pipeline import InfNeRFPipeline
 
+_SUFFIXES = (".png", ".jpg")
+
 
 @dataclass
 class Picture:
-    """Held-out photos, renders, octree levels, depth and normals of a trained run, side by side in a PNG."""
+    """Held-out photos, renders, octree levels, depth and normals of a trained run, side by side."""
 
     load_config: Path
     """config.yml of the run."""
     output: Path
-    """PNG to write."""
+    """Picture to write, .png or .jpg."""
     photos: tuple[int, ...] = (0,)
     """Numbers of the held-out photos, one row each."""
     level: int = 0
@@ -37,6 +39,8 @@ class Picture:
         """Renders and writes the picture."""
         if not self.load_config.is_file():
             raise InputError(f"--load-config {self.load_config}: there is no such file; give a run's config.yml")
+        if self.output.suffix.lower() not in _SUFFIXES:
+            raise InputError(f"--output {self.output}: the name must end in {' or '.join(_SUFFIXES)}")
         _, pipeline, _, _ = eval_setup(self.load_config)
         if not isinstance(pipeline, InfNeRFPipeline):
             raise InputError(f"--load-config {self.load_config}: this is not a run of infnerf")
@@ -54,7 +58,7 @@ class Picture:
         picture = np.rint(np.concatenate(scaled).clip(0, 1) * 255).astype(np.uint8)
         self.output.parent.mkdir(parents=True, exist_ok=True)
         if not cv2.imwrite(str(self.output), picture[..., ::-1]):
-            raise InputError(f"--output {self.output}: could not be written; give a .png in a folder that exists")
+            raise InputError(f"--output {self.output}: could not be written; choose another folder")
         print(f"infnerf: wrote {self.output} ({picture.shape[1]} x {picture.shape[0]})")
 
     def _row(self, pipeline: InfNeRFPipeline, camera, batch) -> np.ndarray:  # noqa: ANN001

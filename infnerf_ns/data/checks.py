@@ -128,7 +128,7 @@ def check_outputs(outputs: DataparserOutputs, split: str, *, photos: bool = True
     Args:
         outputs: of the dataparser.
         split: its name, ``train`` or another; only the train split needs photos.
-        photos: whether the files are looked at. The viewer and camera-path renders do not need them.
+        photos: whether the files are looked at; camera-path renders and exports do not need them.
 
     Raises:
         InputError: fewer than two train photos, list lengths that differ, poses or intrinsics that are not usable,

@@ -39,6 +39,11 @@ def num_levels(height: int, width: int, limit: int) -> int:
     return levels
 
 
+def level_name(level: int) -> str:
+    """``1``, ``1/2``, ``1/4`` ...: the size of a level, as metrics are named."""
+    return "1" if level == 0 else f"1/{2**level}"
+
+
 def downsample(image: NDArray[np.uint8], level: int) -> NDArray[np.uint8]:
     """Means over ``2**level`` x ``2**level`` blocks, rounded to uint8.
 
@@ -180,8 +185,7 @@ class PixelPyramid:
 
     def draw(self, num_rays: int, patch_size: int = 1, generator: torch.Generator | None = None) -> PixelDraw:
         """Draws uniformly over the valid pixels of all levels (or partly over the levels: ``level_share``); the same
-        seed draws the
-        same pixels.
+        seed draws the same pixels.
 
         Args:
             num_rays: R; with patches, rounded down to whole patches.

@@ -34,7 +34,7 @@ from infnerf_ns.data import checks
 from infnerf_ns.data.point_files import IMPLIED_TRANSFORM, colmap_tracks, ply_points
 from infnerf_ns.data.pyramid import PixelPyramid, downsample_mask, level_mean, num_levels
 from infnerf_ns.data.pyramid_loading import circle_mask, load_pyramid
-from infnerf_ns.data.pyramid_rays import PyramidRays
+from infnerf_ns.data.pyramid_rays import PyramidRays, level_camera
 from infnerf_ns.data.sfm import SfMScene, build_sfm_scene
 from infnerf_ns.errors import InputError
 from infnerf_ns.validation import Range
@@ -49,11 +49,19 @@ class PyramidDataManagerConfig(VanillaDataManagerConfig):
     """Pyramid levels per photo: 1, 1/2 ... 1/16. A photo has fewer where a level would be smaller than 8 pixels."""
     level_share: Annotated[float, Range(0.0, 1.0)] = 0.4
     """Share of the training rays in which every pyramid level has the same chance. The others are uniform over the
-    pixels of all
-    levels (the paper), of which the coarsest level has less than 1 in 300."""
+    pixels of all levels (the paper), of which the coarsest level has less than 1 in 300."""
     ray_table_mib: Annotated[int, Range(0)] = 512
     """Memory for precomputed ray directions (16 bytes per pixel of one photo, photos with equal intrinsics share them).
     If they do not fit, rays are computed anew for every batch, which is about 10 times slower."""
+    # nerfstudio's own, with limits
+    train_num_rays_per_batch: Annotated[int, Range(1)] = 1024
+    """Rays of a training step."""
+    eval_num_rays_per_batch: Annotated[int, Range(1)] = 1024
+    """Rays of an evaluation batch."""
+    patch_size: Annotated[int, Range(1, 1024)] = 1
+    """Side of the square patches that rays are drawn in; 1: single pixels."""
+    camera_res_scale_factor: Annotated[float, Range(1e-3, 16.0)] = 1.0
+    """Size of the photos, relative: 0.5 trains on half-size photos."""
 
 
 @dataclass
@@ -324,20 +332,14 @@ class PyramidDataManager(VanillaDataManager):
         mask = batch.get("mask")
         radius = self._crop_radius(self.eval_dataset)
         if radius is not None:
-            circle = torch.from_numpy(circle_mask(*image.shape[:2], radius))[..., None].to(image.device)
-            mask = circle if mask is None else mask.bool() & circle
+            circle = torch.from_numpy(circle_mask(*image.shape[:2], radius))[..., None]
+            mask = circle if mask is None else mask.bool().cpu() & circle
         for level in range(num_levels(*image.shape[:2], self.config.num_pyramid_levels)):
             level_image = level_mean(image, level)
-            level_camera = copy.deepcopy(camera)
-            level_camera.rescale_output_resolution(0.5**level)
-            level_camera.height = torch.full_like(camera.height, level_image.shape[0])
-            level_camera.width = torch.full_like(camera.width, level_image.shape[1])
             level_mask = None
             if mask is not None:
-                level_mask = torch.from_numpy(downsample_mask(mask[..., 0].bool().cpu().numpy(), level))[..., None].to(
-                    mask.device
-                )
-            yield level, level_camera, level_image, level_mask
+                level_mask = torch.from_numpy(downsample_mask(mask[..., 0].bool().cpu().numpy(), level))[..., None]
+            yield level, level_camera(camera, level, *level_image.shape[:2]), level_image, level_mask
 
 
 def _with_nears(rays: RayBundle, nears: Float[Tensor, "c"] | None) -> RayBundle:

@@ -10,6 +10,8 @@ generation for every batch.
 
 from __future__ import annotations
 
+import copy
+
 import torch
 from jaxtyping import Float
 from nerfstudio.cameras.cameras import Cameras, CameraType
@@ -45,6 +47,15 @@ def level_cameras(cameras: Cameras, pyramid: PixelPyramid) -> Cameras:
         times=None if cameras.times is None else cameras.times[photo],
         metadata=_at(cameras.metadata, photo),
     )
+
+
+def level_camera(camera: Cameras, level: int, height: int, width: int) -> Cameras:
+    """A copy of one camera, shape (1,), at a pyramid level, whose photo has this size."""
+    camera = copy.deepcopy(camera)
+    camera.rescale_output_resolution(0.5**level)
+    camera.height = torch.full_like(camera.height, height)
+    camera.width = torch.full_like(camera.width, width)
+    return camera
 
 
 class PyramidRays:

@@ -10,7 +10,6 @@ tensors.
 """
 
 from infnerf_ns.kernels._dispatch import (
-    BACKENDS,
     TreePaths,
     grouped_mlp,
     hash_encode,
@@ -24,7 +23,6 @@ from infnerf_ns.kernels.gradients import bank_gradient, enable_bank_gradient
 from infnerf_ns.kernels.layout import HashLayout
 
 __all__ = [
-    "BACKENDS",
     "HashLayout",
     "TreePaths",
     "bank_gradient",

@@ -12,6 +12,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from infnerf_ns.errors import InputError
 from infnerf_ns.kernels import hash_numba, mlp_numba, route_numba, tree_numba
 from infnerf_ns.kernels.gradients import bank_gradient
 from infnerf_ns.kernels.hash_torch import hash_encode_torch
@@ -19,7 +20,6 @@ from infnerf_ns.kernels.layout import HashLayout
 from infnerf_ns.kernels.mlp_torch import grouped_mlp_torch
 
 Backend = Literal["auto", "torch", "numba"]
-BACKENDS: tuple[Backend, ...] = ("auto", "torch", "numba")
 
 _numba_lock = threading.Lock()
 """numba's built-in thread pool must not be entered by two threads at once, and the viewer renders from a thread of its
@@ -29,8 +29,8 @@ own."""
 def use_numba(backend: Backend, tensor: Tensor) -> bool:
     """Whether samples like this tensor are evaluated by numba."""
     if backend == "numba" and tensor.device.type != "cpu":
-        raise ValueError(
-            f"the numba backend runs on the CPU, but the samples are on {tensor.device}; use backend 'auto'"
+        raise InputError(
+            f"--pipeline.model.field.backend numba runs on the CPU, but the model is on {tensor.device}: use auto"
         )
     return backend == "numba" or (backend == "auto" and tensor.device.type == "cpu" and tensor.dtype == torch.float32)
 
@@ -53,8 +53,7 @@ def hash_encode(
 
     Returns:
         Features, coarse level first. Gradients to the bank and, where required, to the positions are exact. A bank
-        with an
-        in-place gradient (:func:`infnerf_ns.kernels.enable_bank_gradient`) receives its gradient directly in
+        with an in-place gradient (:func:`infnerf_ns.kernels.enable_bank_gradient`) receives its gradient directly in
         ``bank.grad``.
     """
     if not use_numba(backend, positions):

@@ -1,10 +1,9 @@
 """Persistent gradients of the banks: written in place by the kernels, with flags for what was touched.
 
 A bank can have hundreds of millions of entries of which a step touches a few thousand. A fresh dense gradient per step
-would cost
-more than the step; so a bank Parameter keeps one gradient buffer for its lifetime, the backward kernels add to it and
-set one flag
-per 16 floats, and :class:`infnerf_ns.training.optimizer.NodeAdam` visits, updates and clears the flagged blocks only.
+would cost more than the step; so a bank Parameter keeps one gradient buffer for its lifetime, the backward kernels add
+to it and set one flag per 16 floats, and :class:`infnerf_ns.training.optimizer.NodeAdam` visits, updates and clears the
+flagged blocks only.
 """
 
 from __future__ import annotations

@@ -1,9 +1,8 @@
 """``hash_encode`` on the CPU with numba: forward parallel over samples, backward parallel over hash levels.
 
 The backward pass needs no atomics and is deterministic: two hash levels never share an entry, so each thread owns the
-levels it
-works on. Gradients are added in place to a persistent buffer, and one flag per 16 floats records what was touched
-(:mod:`infnerf_ns.kernels.gradients`), so that neither clearing nor the optimizer visits a whole page.
+levels it works on. Gradients are added in place to a persistent buffer, and one flag per 16 floats records what was
+touched (:mod:`infnerf_ns.kernels.gradients`), so that neither clearing nor the optimizer visits a whole page.
 """
 
 from __future__ import annotations

@@ -1,10 +1,10 @@
 """``grouped_mlp`` on the CPU with numba: every layer of a tile of samples stays in the first-level cache.
 
 Activations are sample-major and weights are stored [fan_in, fan_out], so that the three products of a layer (forward,
-gradient to
-the input, gradient to the weights) all are "row += coefficient * row" over a contiguous row, which the compiler turns
-into vector instructions. Nothing but the input is kept for the backward pass: it computes the tile's activations again.
-Why own code: a library matmul per node and layer costs one call per node, and writes every hidden activation to memory.
+gradient to the input, gradient to the weights) all are "row += coefficient * row" over a contiguous row, which the
+compiler turns into vector instructions. Nothing but the input is kept for the backward pass: it computes the tile's
+activations again. Why own code: a library matmul per node and layer costs one call per node, and writes every hidden
+activation to memory.
 """
 
 from __future__ import annotations
@@ -197,9 +197,8 @@ def backward(
     """Adds weight gradients and writes grad_inputs [P, in].
 
     A group whose tiles all belong to one thread is added to ``grad_groups [G, size]`` directly; a thread's first and
-    last group
-    may be shared with a neighbour and go to ``edges [threads, 2, size]`` with their numbers in ``edge_groups [threads,
-    2]``.
+    last group may be shared with a neighbour and go to ``edges [threads, 2, size]`` with their numbers in ``edge_groups
+    [threads, 2]``.
     """
     layers = len(widths) - 1
     tiles = len(tile_group)

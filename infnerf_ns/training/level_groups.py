@@ -9,6 +9,7 @@ from typing import Any, Optional
 from nerfstudio.engine.schedulers import ExponentialDecaySchedulerConfig
 
 from infnerf_ns.errors import InputError
+from infnerf_ns.training.optimizer import NodeAdamOptimizerConfig
 
 
 @dataclass
@@ -62,11 +63,18 @@ def expand_optimizers(
 
 
 def optimizer_problems(kind: str, group: dict[str, Any]) -> list[str]:
-    """What is wrong with the learning rates of a kind, a line each, naming the flag."""
-    problems = []
-    rate = group["optimizer"].lr
-    if not 0 < rate < 10:
-        problems.append(f"--optimizers.{kind}.optimizer.lr {rate}: allowed is above 0 and below 10")
+    """What is wrong with the optimizer settings of a kind, a line each, naming the flag."""
+    optimizer, problems = group["optimizer"], []
+    if not 0 < optimizer.lr < 10:
+        problems.append(f"--optimizers.{kind}.optimizer.lr {optimizer.lr}: allowed is above 0 and below 10")
+    if not optimizer.eps > 0:
+        problems.append(f"--optimizers.{kind}.optimizer.eps {optimizer.eps}: allowed is above 0")
+    betas = getattr(optimizer, "betas", ())
+    if not all(0 <= beta < 1 for beta in betas):
+        values = " ".join(map(str, betas))
+        problems.append(f"--optimizers.{kind}.optimizer.betas {values}: allowed is 0 to below 1")
+    if isinstance(optimizer, NodeAdamOptimizerConfig) and optimizer.weight_decay:
+        problems.append(f"--optimizers.{kind}.optimizer.weight-decay: not supported, it would visit every entry")
     final = getattr(group.get("scheduler"), "lr_final", None)
     if final is not None and not 0 < final < 10:
         problems.append(f"--optimizers.{kind}.scheduler.lr-final {final}: allowed is above 0 and below 10")

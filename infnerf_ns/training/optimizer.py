@@ -1,17 +1,16 @@
 """NodeAdam: exact Adam on the bank entries that a step touched, at a cost that does not grow with the tree.
 
 Adam over a whole bank reads and writes four arrays of the size of the model per step. NodeAdam visits the rows (nodes)
-and, in
-them, the blocks that the kernels flagged (:mod:`infnerf_ns.kernels.gradients`), and updates the entries whose gradient
-is not
-zero. Moments of untouched entries stay as they are, as in ``torch.optim.SparseAdam``; the bias correction counts the
-steps of each node's own, so a node that starts late starts like a new one.
-Why own code: torch's SparseAdam wants sparse gradient tensors, which cost a sort per step.
+and, in them, the blocks that the kernels flagged (:mod:`infnerf_ns.kernels.gradients`), and updates the entries whose
+gradient is not zero. Moments of untouched entries stay as they are, as in ``torch.optim.SparseAdam``; the bias
+correction counts the steps of each node's own, so a node that starts late starts like a new one. Why own code: torch's
+SparseAdam wants sparse gradient tensors, which cost a sort per step.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Annotated
 
 import numba as nb
 import numpy as np
@@ -21,6 +20,7 @@ from torch import Tensor
 
 from infnerf_ns.kernels import bank_gradient
 from infnerf_ns.kernels.hash_numba import BLOCK_SHIFT
+from infnerf_ns.validation import Range
 
 
 class NodeAdam(torch.optim.Optimizer):
@@ -32,8 +32,7 @@ class NodeAdam(torch.optim.Optimizer):
         betas: decay of the two moments.
         eps: added to the root of the second moment.
         warmup: steps of a node's own over which its learning rate rises to ``lr``. A node that starts from what its
-        parent knows has
-            no moments yet, and Adam's first steps would move every weight by the whole rate.
+            parent knows has no moments yet, and Adam's first steps would move every weight by the whole rate.
     """
 
     def __init__(
@@ -164,9 +163,9 @@ class NodeAdamOptimizerConfig(AdamOptimizerConfig):
     """Added to the root of the second moment."""
     betas: tuple[float, float] = (0.9, 0.99)
     """Decay of the two moments."""
-    warmup: int = 100
+    warmup: Annotated[int, Range(0)] = 100
     """Steps of a node's own over which its learning rate rises."""
 
     def setup(self, params) -> torch.optim.Optimizer:
-        """The optimizer (nerfstudio's ``weight_decay`` does not apply: it would visit every entry)."""
+        """The optimizer; nerfstudio's ``weight_decay`` is refused elsewhere, as it would visit every entry."""
         return NodeAdam(params, lr=self.lr, betas=self.betas, eps=self.eps, warmup=self.warmup)
