@@ -1,17 +1,26 @@
-"""Settings for all tests: one thread and a fixed seed, so that a test does the same on every machine."""
+"""Settings for all tests: one thread, fixed seeds and examples, so that a test does the same on every machine."""
+
+import os
+
+os.environ.setdefault("NUMBA_NUM_THREADS", "4")  # the most that a test can ask for; read when numba is imported
 
 import random
 
+import hypothesis
+import numba
 import numpy as np
 import pytest
 import torch
 
 torch.set_num_threads(1)
+hypothesis.settings.register_profile("infnerf", derandomize=True, deadline=None)
+hypothesis.settings.load_profile("infnerf")
 
 
 @pytest.fixture(autouse=True)
 def fixed_seed() -> None:
-    """Every test starts from the same random state."""
+    """Every test starts from the same random state and on one thread."""
     random.seed(0)
     np.random.seed(0)
     torch.manual_seed(0)
+    numba.set_num_threads(1)

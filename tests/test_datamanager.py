@@ -21,7 +21,7 @@ from nerfstudio.scripts.render import _disable_datamanager_setup
 from PIL import Image
 from tiny_capture import HEIGHT, WIDTH, photo, shared_capture, write_capture, write_colmap, write_json
 
-from infnerf_ns.data.pyramid import downsample
+from infnerf_ns.data.pyramid import downsample, downsample_mask
 from infnerf_ns.data.pyramid_datamanager import PyramidDataManager, PyramidDataManagerConfig
 from infnerf_ns.errors import InputError
 from infnerf_ns.near_plane import NearPlanes
@@ -207,6 +207,8 @@ def test_eval_side(tmp_path: Path) -> None:
     assert len(manager.fixed_indices_eval_dataloader) == len(list(manager.fixed_indices_eval_dataloader)) == 1
     levels = list(manager.eval_pyramid(camera, batch))
     assert [level for level, *_ in levels] == [0, 1]
+    valid = np.ones((HEIGHT, WIDTH), dtype=bool)
+    valid[: HEIGHT // 2, : 1 + int(manager.eval_dataset.image_filenames[0].stem)] = False
     for level, level_camera, image, mask in levels:
         assert (
             image.shape
@@ -215,6 +217,7 @@ def test_eval_side(tmp_path: Path) -> None:
         )
         assert level_camera.fx.item() == pytest.approx(camera.fx.item() / 2**level)
         assert mask.shape == (*image.shape[:2], 1) and mask.dtype == torch.bool
+        np.testing.assert_array_equal(mask[..., 0], downsample_mask(valid, level))
     torch.testing.assert_close(levels[1][2][3, 4], batch["image"][6:8, 8:10].mean(dim=(0, 1)))
     assert camera.fx.item() == pytest.approx(30.0)
 

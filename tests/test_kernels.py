@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numba
 import pytest
 import torch
 from hypothesis import given, settings
@@ -16,6 +17,8 @@ LAYOUTS = {
     "four features": HashLayout(3, 4, 32, 8, 4),
     "one level": HashLayout(1, 16, 16, 12, 2),
 }
+
+every_threads = pytest.mark.parametrize("threads", [1, 2, 4])
 
 
 def _bank(layout: HashLayout, nodes: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
@@ -32,7 +35,9 @@ def _samples(count: int, nodes: int, dtype: torch.dtype = torch.float32) -> tupl
 
 
 @pytest.mark.parametrize("layout", LAYOUTS.values(), ids=LAYOUTS.keys())
-def test_hash_encode_numba_is_the_reference(layout: HashLayout) -> None:
+@every_threads
+def test_hash_encode_numba_is_the_reference(threads: int, layout: HashLayout) -> None:
+    numba.set_num_threads(threads)
     results = []
     for backend in ("torch", "numba"):
         bank = _bank(layout, 3).requires_grad_()
@@ -55,7 +60,7 @@ def test_hash_encode_reference_gradcheck() -> None:
 
 
 @given(st.floats(-5, 5), st.integers(0, 2**31))
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=20)
 def test_constant_grid_interpolates_to_the_constant(value: float, seed: int) -> None:
     layout = LAYOUTS["hashed"]
     bank = torch.full((2, layout.page_size), value)
@@ -83,7 +88,7 @@ def test_in_place_gradient_equals_autograd_and_flags_what_was_touched() -> None:
     layout = LAYOUTS["hashed"]
     plain, held = (torch.nn.Parameter(_bank(layout, 4)) for _ in range(2))
     enable_bank_gradient(held)
-    positions, row = _samples(40, 2)
+    positions, row = _samples(6, 2)
     for bank in (plain, held):
         for _ in range(2):  # gradients accumulate over backward passes
             hash_encode(positions, row, bank, layout, "numba").square().sum().backward()
@@ -92,12 +97,14 @@ def test_in_place_gradient_equals_autograd_and_flags_what_was_touched() -> None:
     assert flags.rows.tolist() == [1, 1, 0, 0]
     blocks = torch.nn.functional.pad(held.grad, (0, -held.grad.shape[1] % 16)).reshape(4, -1, 16).ne(0).any(-1)
     assert bool((flags.touched[:, : blocks.shape[1]].bool() >= blocks).all())
-    assert flags.touched.float().mean() < 0.9
+    assert flags.touched[:2].float().mean() < 0.5, "of what few samples visit, and no more"
 
 
 @pytest.mark.parametrize("widths", [(12, 16, 3), (7, 3), (20, 16, 16, 5), (13, 24, 16), (39, 64, 64, 3), (6, 8, 7, 9)])
 @pytest.mark.parametrize("sizes", [[5], [40, 0, 3, 100, 1], [64, 64], [1, 1, 1, 500]])
-def test_grouped_mlp_numba_is_the_reference(widths: tuple[int, ...], sizes: list[int]) -> None:
+@every_threads
+def test_grouped_mlp_numba_is_the_reference(threads: int, sizes: list[int], widths: tuple[int, ...]) -> None:
+    numba.set_num_threads(threads)
     offset = 5
     generator = torch.Generator().manual_seed(3)
     inputs = torch.randn(sum(sizes), widths[0], generator=generator)

@@ -44,15 +44,11 @@ def test_a_rendered_camera_has_the_near_plane_of_what_it_shows() -> None:
     assert fixed.near_planes is None and fixed.camera_rays(camera).nears is None
 
 
-def test_made_up_points_set_no_near_plane_and_older_checkpoints_have_one_for_all() -> None:
+def test_made_up_points_set_no_near_plane() -> None:
     scene = tiny_scene()
     scene.source = "frusta"
     camera = tiny_camera(*CAMERAS["perspective"])
     assert tiny_model(scene=scene).camera_rays(camera).nears.max() == pytest.approx(0.2)
-    state = {name: value for name, value in tiny_model().state_dict().items() if not name.startswith("near_planes")}
-    model = tiny_model()
-    model.load_state_dict(state)
-    assert model.camera_rays(camera).nears is None
 
 
 def test_loading_the_tree_that_is_there_needs_no_more_memory(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -153,6 +149,32 @@ def test_a_camera_far_away_needs_the_root_alone() -> None:
     for bank in (*model.field.grids[1:], *model.field.decoders[1:]):
         bank.data.fill_(float("nan"))
     assert torch.equal(model(rays)["rgb"], before["rgb"]), "not one deeper page was read"
+
+
+def test_nothing_pops_in_a_colour_while_the_pixel_shrinks() -> None:
+    model = scrambled(tiny_model()).eval()
+    for bank in model.field.proposals:
+        bank.data.zero_()  # the samples stand still
+    rays = ray_batch(1)[0][torch.zeros(1201, dtype=torch.long)]
+    rays.pixel_area = torch.logspace(-1, -7, 1201)[:, None]
+    jump = {}
+    for blend in (True, False):
+        model.config.blend_levels = blend
+        jump[blend] = model(rays)["rgb"].diff(dim=0).abs().max()
+    assert jump[False] > 0.01, "the blend has something to hide"
+    assert jump[True] < 0.1 * jump[False]
+
+
+def test_samples_without_weight_get_no_colour() -> None:
+    model = scrambled(tiny_model(), by=1.0).eval()
+    rays, _ = ray_batch(256)
+    colors = {}
+    for threshold in (0.0, 1e-3, 0.1):
+        model.config.color_weight_threshold = threshold
+        colors[threshold] = model(rays)["rgb"]
+    samples = model.config.sampler.samples
+    assert 0 < (colors[1e-3] - colors[0.0]).abs().max() < 1e-3 * samples
+    assert (colors[0.1] - colors[0.0]).abs().max() > 0.05
 
 
 def test_appearance_codes() -> None:

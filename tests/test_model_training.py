@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from types import SimpleNamespace
 
-import numba
 import numpy as np
 import pytest
 import torch
@@ -96,13 +95,8 @@ def test_training_learns_a_colour(children: str, backend: str) -> None:
 
 
 def test_the_same_seed_gives_the_same_curve() -> None:
-    threads = numba.get_num_threads()
-    numba.set_num_threads(1)
-    try:
-        config = tiny_config(level_start_steps=4)
-        first, second, other = _train(config, 12), _train(config, 12), _train(config, 12, seed=1)
-    finally:
-        numba.set_num_threads(threads)
+    config = tiny_config(level_start_steps=4)
+    first, second, other = _train(config, 12), _train(config, 12), _train(config, 12, seed=1)
     assert first == second
     assert first != other
 
@@ -128,6 +122,6 @@ def test_refinement_finds_the_pose_of_a_photo() -> None:
     for step, photo in enumerate(photos):
         optimizer.zero_grad()
         (render(step) - photo).square().mean().backward()
+        assert pose.grad[1:].abs().max() < 1e-4 * pose.grad[0].abs().max(), "poses that are right stay so"
         optimizer.step()
     assert pose.data[0].norm() < 0.25 * wrong.norm()
-    assert not pose.data[1:].any(), "poses that were right stay so"

@@ -6,7 +6,7 @@ import math
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from infnerf_ns.footprint import cone_radius, continuous_level, level_gsd, point_footprint
@@ -26,7 +26,7 @@ seeds = st.integers(0, 2**31)
 
 
 @given(seeds)
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 def test_tree_is_consistent(seed: int) -> None:
     tree = _random_tree(seed)
     inner = torch.nonzero(tree.parent >= 0)[:, 0]
@@ -42,7 +42,7 @@ def test_tree_is_consistent(seed: int) -> None:
 
 
 @given(seeds)
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 def test_locate_agrees_with_a_walk_down_the_definition(seed: int) -> None:
     tree = _random_tree(seed)
     generator = torch.Generator().manual_seed(seed)
@@ -64,7 +64,7 @@ def test_locate_agrees_with_a_walk_down_the_definition(seed: int) -> None:
 
 
 @given(seeds)
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=20)
 def test_route_in_numba_is_the_route_in_torch(seed: int) -> None:
     tree = _random_tree(seed)
     generator = torch.Generator().manual_seed(seed)
@@ -78,7 +78,7 @@ def test_route_in_numba_is_the_route_in_torch(seed: int) -> None:
 
 
 @given(seeds, st.integers(0, 4))
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=20)
 def test_a_cut_is_a_cap_on_the_path(seed: int, cap: int) -> None:
     tree = _random_tree(seed)
     unit = torch.rand(100, 3, generator=torch.Generator().manual_seed(seed))
@@ -142,7 +142,8 @@ def test_contraction() -> None:
 
 
 @given(seeds)
-@settings(max_examples=20, deadline=None)
+@example(200)
+@settings(max_examples=20)
 def test_root_cube_round_trip_and_cover(seed: int) -> None:
     generator = torch.Generator().manual_seed(seed)
     points = torch.randn(500, 3, generator=generator) * torch.tensor([5.0, 3.0, 0.5]) + 7
@@ -151,7 +152,7 @@ def test_root_cube_round_trip_and_cover(seed: int) -> None:
         cube = root_cube(torch.cat([points, outliers]), align=align)
         turned = points @ cube.rotation.T
         extent = torch.quantile(turned, 0.985, dim=0) - torch.quantile(turned, 0.015, dim=0)
-        assert extent.max() < cube.side < 1.05 * 1.2 * extent.max(), "outliers do not stretch the cube"
+        assert extent.max() < cube.side < 1.5 * extent.max(), "outliers do not stretch the cube"
         assert torch.allclose(cube.rotation @ cube.rotation.T, torch.eye(3), atol=1e-5)
         assert torch.linalg.det(cube.rotation) == pytest.approx(1.0, abs=1e-4)
         unit = cube.to_unit(points)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numba
 import numpy as np
 import pytest
 import torch
@@ -13,6 +14,8 @@ from infnerf_ns.octree import Octree, RootCube, build_octree
 DEPTH = 3
 MIXED = [(4, 4, 32, 9), (1, 32, 32, 9), (2, 8, 32, 12), (1, 6, 6, 9)]
 """Hash levels, resolutions and table of each octree level: dense and hashed ones."""
+
+every_threads = pytest.mark.parametrize("threads", [1, 2, 4])
 
 
 def _layouts(features: int) -> list[HashLayout]:
@@ -90,7 +93,9 @@ def _assert_close(fast: Tensor, reference: Tensor, name: str) -> None:
 
 @pytest.mark.parametrize("weighted", [True, False])
 @pytest.mark.parametrize("features", [1, 2, 4])
-def test_path_features_are_those_of_all_nodes_on_the_path(features: int, weighted: bool) -> None:
+@every_threads
+def test_path_features_are_those_of_all_nodes_on_the_path(threads: int, features: int, weighted: bool) -> None:
+    numba.set_num_threads(threads)
     tree, layouts = _tree(), _layouts(features)
     paths, starts, footprints = _samples(tree, 3000)
     footprints = footprints if weighted else None
@@ -107,7 +112,9 @@ def test_path_features_are_those_of_all_nodes_on_the_path(features: int, weighte
         _assert_close(fast_bank.grad, bank.grad, f"gradient of level {level}")
 
 
-def test_path_sum_is_the_sum_over_all_nodes_on_the_path() -> None:
+@every_threads
+def test_path_sum_is_the_sum_over_all_nodes_on_the_path(threads: int) -> None:
+    numba.set_num_threads(threads)
     tree, layouts = _tree(), _layouts(1)
     paths, _, _ = _samples(tree, 3000)
     fast_banks, banks = _banks(tree, layouts), _banks(tree, layouts)

@@ -1,8 +1,10 @@
 """Settings: what a wrong key, type, value or combination says, and that the presets in configs/ are right."""
 
+import ast
 import dataclasses
 import sys
 from dataclasses import dataclass, field
+from importlib import metadata
 from pathlib import Path
 from typing import Annotated, Any, Literal, Optional
 
@@ -13,7 +15,7 @@ import yaml
 
 from infnerf_ns import presets
 from infnerf_ns.errors import InputError
-from infnerf_ns.validation import Range, apply_yaml, enforce, read_yaml, validate_config
+from infnerf_ns.validation import Range, Report, apply_yaml, enforce, read_yaml, validate_config
 
 
 @dataclass
@@ -27,7 +29,7 @@ class Tree:
     min_level: int = 0
 
     def check(self) -> list[str]:
-        return [f"min_level {self.min_level} > max_level {self.max_level}"] if self.min_level > self.max_level else []
+        return [f"--tree.min-level {self.min_level} > {self.max_level}"] if self.min_level > self.max_level else []
 
 
 @dataclass
@@ -58,7 +60,7 @@ def test_defaults_are_without_findings():
         ({"sharpness": "high"}, "--tree.sharpness high: must be a number"),
         ({"sharpness": float("inf")}, "--tree.sharpness inf: allowed is 0.1 to 100"),
         ({"box": (0.0, 3.0)}, "--tree.box 0.0 3.0: allowed is -1 to 1"),
-        ({"min_level": 9}, "--tree: min_level 9 > max_level 6"),
+        ({"min_level": 9}, "--tree.min-level 9 > 6"),
     ],
 )
 def test_each_problem_is_a_line_with_flag_value_and_what_is_allowed(values, line):
@@ -169,6 +171,31 @@ def test_presets_are_the_files_in_configs():
         presets.load_preset("infnerf-tiny")
 
 
+def advised(**changes: Any) -> Report:
+    """Findings on the preset infnerf with some options changed; keys are dotted, with ``__`` for the dots."""
+    config = presets.load_preset("infnerf", "cpu")
+    for path, value in changes.items():
+        *sections, name = path.split("__")
+        section = config if not sections else config.pipeline.model
+        for part in sections:
+            section = getattr(section, part)
+        setattr(section, name, value)
+    return validate_config(config)
+
+
+def test_combinations_that_cannot_work_or_are_rarely_wanted_are_named():
+    resolution = advised(octree__node_resolution=16).problems
+    assert len(resolution) == 1 and "--pipeline.model.octree.node-resolution 16: must be above" in resolution[0]
+    (rounds,) = advised(sampler__proposal_samples=()).problems
+    assert "--pipeline.model.sampler.proposal-samples: at least one round is needed" in rounds
+    deep = advised(octree__max_level=16, max_num_iterations=100_000)
+    assert deep.problems == []
+    assert deep.warnings == ["--pipeline.model.octree.max-level 16 is unusually large (above 15)"]
+    short = advised(max_num_iterations=3000)
+    assert short.problems == [] and len(short.warnings) == 1
+    assert "--max-num-iterations 3000: octree levels above 1 never start" in short.warnings[0]
+
+
 def test_presets_do_not_share_values():
     first, second = presets.load_preset("infnerf"), presets.load_preset("infnerf")
     first.optimizers["grids"]["optimizer"].lr = 7.0
@@ -219,11 +246,48 @@ def test_an_installed_package_finds_its_presets_inside_itself(tmp_path, monkeypa
 
 
 def test_every_method_is_registered_with_nerfstudio_under_its_name():
-    from infnerf_ns import methods
-
-    for specification in (methods.infnerf, methods.infnerf_small, methods.infnerf_big):
+    entries = metadata.entry_points(group="nerfstudio.method_configs")
+    methods = {entry.name: entry.load() for entry in entries if entry.value.startswith("infnerf_ns.")}
+    assert sorted(methods) == presets.preset_names()
+    for name, specification in methods.items():
+        assert specification.config.method_name == name
         assert specification.config.machine.device_type == ("cuda" if torch.cuda.is_available() else "cpu")
-    assert methods.infnerf_small.config.method_name == "infnerf-small"
+
+
+OPTIONS = [
+    *("model.py", "field.py", "sampler.py", "tree_building.py", "pipeline.py"),
+    *("data/pyramid_datamanager.py", "data/demo_dataparser.py", "training/*.py", "cli/*.py"),
+]
+"""Where the options of ``ns-train infnerf`` and of the own commands are defined."""
+
+
+def undocumented(path: Path) -> dict[str, list[str]]:
+    """The option classes of a module, and which of their fields no string follows."""
+    found = {}
+    for node in ast.parse(path.read_text()).body:
+        decorators = [ast.unparse(each) for each in getattr(node, "decorator_list", [])]
+        if not any("dataclass" in each for each in decorators):
+            continue
+        if node.name.endswith("Config") or path.parent.name == "cli":
+            following = zip(node.body, [*node.body[1:], None])
+            fields = [(each, after) for each, after in following if isinstance(each, ast.AnnAssign)]
+            found[node.name] = [
+                each.target.id
+                for each, after in fields
+                if not each.target.id.startswith("_")
+                and not (isinstance(after, ast.Expr) and isinstance(getattr(after.value, "value", None), str))
+            ]
+    return found
+
+
+def test_every_option_says_what_it_does():
+    package = Path(presets.__file__).parent
+    found = {}
+    for pattern in OPTIONS:
+        for path in package.glob(pattern):
+            found.update(undocumented(path))
+    assert {"InfNeRFModelConfig", "LossConfig", "StabilityConfig", "NodeAdamOptimizerConfig", "Quality"} < set(found)
+    assert {name: fields for name, fields in found.items() if fields} == {}
 
 
 def test_the_settings_module_needs_neither_nerfstudio_nor_torch():

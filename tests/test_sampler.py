@@ -11,7 +11,14 @@ from hypothesis import strategies as st
 from nerfstudio.cameras.rays import RayBundle, RaySamples
 from torch import Tensor
 
-from infnerf_ns.sampler import ORTHOGRAPHIC_FOOTPRINT, LoDSampler, SamplerConfig, sample_geometry, weight_quantiles
+from infnerf_ns.sampler import (
+    ORTHOGRAPHIC_FOOTPRINT,
+    LoDSampler,
+    SamplerConfig,
+    random_coarsening,
+    sample_geometry,
+    weight_quantiles,
+)
 
 NEAR, BEND, FAR = 0.1, 10.0, 1000.0
 PIXEL = 1e-6  # steradians
@@ -84,7 +91,7 @@ def test_evaluation_is_deterministic_and_training_is_not() -> None:
 
 
 @given(st.floats(math.log(NEAR), math.log(FAR)), st.floats(0.01, 1000.0))
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 def test_spacing_and_inverse(log_distance: float, bend: float) -> None:
     first = LoDSampler(SamplerConfig(), NEAR, bend).initial
     t = torch.tensor([math.exp(log_distance)], dtype=torch.float64)
@@ -212,6 +219,18 @@ def test_jitter_stays_within_half_a_level() -> None:
     assert -0.5 - 1e-5 < shift.min() < -0.45 and 0.45 < shift.max() < 0.5 + 1e-5
     assert abs(shift.mean().item()) < 0.03
     assert len(shift.unique()) > 1000, "each sample has its own"
+
+
+def test_a_share_of_the_rays_is_routed_coarser() -> None:
+    rays, per_ray, share = 4000, 5, 0.3
+    factors = random_coarsening(rays, per_ray, share, octaves=2).reshape(rays, per_ray)
+    assert bool((factors == factors[:, :1]).all()), "all samples of a ray alike"
+    assert set(factors[:, 0].tolist()) == {1.0, 2.0, 4.0}
+    coarser = factors[:, 0][factors[:, 0] > 1]
+    assert len(coarser) / rays == pytest.approx(share, abs=0.03)
+    assert (coarser == 2).float().mean().item() == pytest.approx(0.5, abs=0.06), "every octave alike"
+    assert random_coarsening(rays, per_ray, 0.0, octaves=2) is None
+    assert random_coarsening(rays, per_ray, share, octaves=0) is None
 
 
 def test_weight_quantiles_stand_for_the_weighted_mean() -> None:

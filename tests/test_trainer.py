@@ -4,6 +4,7 @@ The pipeline fits a matrix to random data and has the parameter groups of an oct
 nothing about NeRFs; they say that the loop around them can be relied on.
 """
 
+import copy
 import os
 import signal
 import stat
@@ -281,10 +282,30 @@ def test_an_infinite_gradient_is_skipped_too(tmp_path):
         assert torch.equal(parameter, before[name])
 
 
-def test_five_nan_losses_in_a_row_restore_the_last_checkpoint_with_half_the_learning_rate(tmp_path, capsys):
-    trainer, code = run(tiny_config(tmp_path, {"nan_from": 6, "nan_steps": 5}))
+def test_nan_losses_in_a_row_restore_the_last_checkpoint_with_half_the_learning_rate(tmp_path, capsys):
+    """The checkpoint is of step 5, step 6 trains, steps 7 and 8 are NaN."""
+    config = tiny_config(tmp_path, {"nan_from": 7, "nan_steps": 2}, save_only_latest_checkpoint=False)
+    config.stability.max_bad_steps = 2
+    trainer = config.setup()
+    trainer.setup()
+    train, held = trainer.pipeline.get_train_loss_dict, {}
+
+    def watched(step):
+        optimizers = trainer.optimizers.optimizers.items()
+        held[step] = copy.deepcopy((trainer.pipeline.state_dict(), {name: x.state_dict() for name, x in optimizers}))
+        return train(step)
+
+    trainer.pipeline.get_train_loss_dict = watched
+    trainer.train()
+    saved = torch.load(checkpoints.checkpoint_path(trainer.checkpoint_dir, 5))
+    for name, value in saved["pipeline"].items():
+        assert torch.equal(held[9][0][name], value) and not torch.equal(held[8][0][name], value), name
+    for name, state in saved["optimizers"].items():
+        for moment, value in state["state"][0].items():
+            before, after = (held[step][1][name]["state"][0][moment] for step in (8, 9))
+            assert torch.equal(after, value) and not torch.equal(before, value), (name, moment)
     whole, _ = run(tiny_config(tmp_path / "whole"))
-    assert code == 0 and trainer._guard.restores == 1
+    assert trainer._guard.restores == 1 and trainer._guard.skipped == 2
     assert "restored" in capsys.readouterr().err
     for name in trainer.optimizers.optimizers:
         rate, expected = (run.optimizers.optimizers[name].param_groups[0]["lr"] for run in (trainer, whole))

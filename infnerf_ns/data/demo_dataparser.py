@@ -22,6 +22,7 @@ from nerfstudio.plugins.registry_dataparser import DataParserSpecification
 from infnerf_ns.data.demo_scene import DemoScene, DemoSceneOptions, load_or_generate
 from infnerf_ns.data.demo_scene.town import BLOCK
 from infnerf_ns.errors import InputError
+from infnerf_ns.footprint import point_footprint
 
 METRES_PER_UNIT = 40.0
 """One unit of the scene, whatever the size of the town."""
@@ -158,7 +159,7 @@ def _pair_geometry(
     way = scene.points.xyz[point] - scene.poses[photo, :, 3]
     distance = np.linalg.norm(way, axis=-1)
     depth = -np.einsum("nd,nd->n", way, scene.poses[photo, :, 2])
-    return depth**2 / (scene.options.lens.focal * distance), distance
+    return point_footprint(depth, distance, scene.options.lens.focal), distance
 
 
 demo_dataparser_spec = DataParserSpecification(
