@@ -47,7 +47,7 @@ def test_distortion_by_hand() -> None:
 
 
 @given(seeds, st.integers(1, 40))
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 def test_distortion_is_the_sum_over_all_pairs(seed: int, samples: int) -> None:
     generator = torch.Generator().manual_seed(seed)
     edges = torch.rand(6, samples + 1, generator=generator, dtype=torch.float64).sort(dim=1).values
@@ -64,7 +64,7 @@ def test_distortion_gradcheck() -> None:
 
 
 @given(seeds, st.integers(1, 3), st.integers(1, 6), st.integers(1, 200))
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 def test_random_points_lie_in_few_nodes_of_one_level(seed: int, deepest: int, num_nodes: int, num_points: int) -> None:
     tree = _tree(seed % 7)
     torch.manual_seed(seed)

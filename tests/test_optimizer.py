@@ -76,7 +76,7 @@ def test_where_everything_is_touched_it_is_adam(path: str, config: dict) -> None
 
 
 @given(st.integers(0, 2**31))
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=20)
 def test_the_dense_path_gives_the_same(seed: int) -> None:
     touched, dense = _bank(), _bank()
     first, second = NodeAdam([touched], lr=0.03), NodeAdam([dense], lr=0.03)
@@ -90,7 +90,7 @@ def test_the_dense_path_gives_the_same(seed: int) -> None:
 
 
 @given(st.integers(0, 2**31))
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=20)
 def test_untouched_entries_stay_bit_for_bit(seed: int) -> None:
     bank = _bank()
     optimizer = NodeAdam([bank], lr=0.03)

@@ -36,7 +36,7 @@ def make_pyramid(sizes: list[tuple[int, int]], masks: bool = False, levels: int 
     return pyramid
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(SIDE, SIDE, st.integers(0, 4), SEED)
 def test_downsample_is_the_block_mean(height: int, width: int, level: int, seed: int) -> None:
     level = min(level, num_levels(height, width, 5) - 1)
@@ -73,7 +73,7 @@ def test_alpha_weights_the_colours() -> None:
     assert not downsample(np.zeros((16, 16, 4), dtype=np.uint8), 1).any()
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(SIDE, SIDE, st.integers(0, 4), SEED)
 def test_mask_needs_all_pixels_of_a_block(height: int, width: int, level: int, seed: int) -> None:
     mask = np.random.default_rng(seed).random((height, width)) < 0.9

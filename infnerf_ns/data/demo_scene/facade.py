@@ -13,7 +13,7 @@ BRICK_LENGTH, BRICK_HEIGHT, MORTAR = 0.24, 0.075, 0.012
 _MORTAR_COLOUR = np.float32([0.42, 0.39, 0.34])
 _STONE = np.float32([0.36, 0.34, 0.31])
 _FRAME = np.float32([0.72, 0.71, 0.68])
-_GLASS = np.float32([0.035, 0.055, 0.085])
+GLASS = np.float32([0.035, 0.055, 0.085])
 _CURTAIN = np.float32([0.42, 0.38, 0.32])
 
 
@@ -95,7 +95,7 @@ def _window(colour, x, y, cell, seed, accent, footprint):
     ax = np.abs(x)
     opening = (ax < 0.56) & (y > 0.95) & (y < 2.3)
     glass_shade = 0.6 + 1.6 * np.clip((y - 0.95) / 1.35, 0, 1)
-    pane = _GLASS * (glass_shade * (0.6 + 0.8 * cell))[:, None]
+    pane = GLASS * (glass_shade * (0.6 + 0.8 * cell))[:, None]
     folds = np.abs(np.mod(x * 11 + 7 * cell, 1) - 0.5) * 2
     folds = 0.5 + (folds - 0.5) * sharpness(footprint, 0.09)
     curtain = (cell > 0.4) & (ax > 0.18 + 0.3 * cell)
@@ -126,7 +126,7 @@ def _door(colour, x, y, accent, footprint):
     panel = (np.abs(ax - 0.26) < 0.17) & (np.abs(np.mod(y, 0.95) - 0.5) < 0.33)
     grain[panel] *= 0.65
     wood = accent * (1.3 * grain)[:, None]
-    wood[(ax < 0.3) & (y > 1.55) & (y < 1.9)] = _GLASS * 1.5
+    wood[(ax < 0.3) & (y > 1.55) & (y < 1.9)] = GLASS * 1.5
     wood[(np.abs(x - 0.42) < 0.03) & (np.abs(y - 1.02) < 0.06)] = np.float32([0.6, 0.5, 0.2])
     result[leaf] = wood[leaf]
     return result

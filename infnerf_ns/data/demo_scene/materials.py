@@ -5,13 +5,12 @@ from __future__ import annotations
 import numpy as np
 from jaxtyping import Float32, Int32
 
-from infnerf_ns.data.demo_scene.facade import brick_wall, facade, plaster_wall
+from infnerf_ns.data.demo_scene.facade import GLASS, brick_wall, facade, plaster_wall
 from infnerf_ns.data.demo_scene.ground import ground
 from infnerf_ns.data.demo_scene.mesh import WINDOWS, Material, Surfaces
 from infnerf_ns.data.demo_scene.noise import cells, hash01, sharpness, value_noise
 
 TILE_WIDTH, TILE_LENGTH = 0.22, 0.32
-_GLASS = np.float32([0.035, 0.055, 0.085])
 
 
 def reflectance(
@@ -64,7 +63,7 @@ def _skylight(s, u, v, colour):
     y = np.abs(v - s.extent[:, 1] * 0.55)
     frame = has & (x < 0.5) & (y < 0.7)
     colour[frame] = np.float32([0.2, 0.2, 0.21])
-    colour[frame & (x < 0.42) & (y < 0.62)] = _GLASS * 2
+    colour[frame & (x < 0.42) & (y < 0.62)] = GLASS * 2
     return colour
 
 
@@ -110,7 +109,7 @@ def _car(s, uv, footprint, offset):
     colour = s.colour.copy()
     cabin = ((s.flags & WINDOWS) > 0) & (np.abs(v / height - 0.55) < 0.33)
     glass = cabin & (np.minimum(u, length - u) > 0.09) & (np.abs(u - length / 2) > 0.05)
-    colour[glass] = _GLASS
+    colour[glass] = GLASS
     body_side = ((s.flags & WINDOWS) == 0) & (length > 4) & (height < 1)
     for wheel in (0.85, 3.35):
         r2 = (u - wheel) ** 2 + (v - 0.2) ** 2
