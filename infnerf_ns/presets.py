@@ -14,6 +14,7 @@ from typing import Any, Literal, Optional, Union
 
 import torch
 from nerfstudio.configs.base_config import MachineConfig, ViewerConfig
+from nerfstudio.data.dataparsers.nerfstudio_dataparser import NerfstudioDataParserConfig
 from nerfstudio.engine.optimizers import AdamOptimizerConfig
 
 from infnerf_ns.data.pyramid_datamanager import PyramidDataManagerConfig
@@ -111,7 +112,9 @@ def base_config(device: Literal["cpu", "cuda"]) -> InfNeRFTrainerConfig:
     return InfNeRFTrainerConfig(
         method_name="infnerf",
         machine=MachineConfig(device_type=device),
-        pipeline=InfNeRFPipelineConfig(datamanager=PyramidDataManagerConfig(), model=InfNeRFModelConfig()),
+        pipeline=InfNeRFPipelineConfig(
+            datamanager=PyramidDataManagerConfig(dataparser=NerfstudioDataParserConfig()), model=InfNeRFModelConfig()
+        ),
         optimizers={
             "grids": _group(NodeAdamOptimizerConfig(lr=1e-2, eps=1e-15)),
             "proposals": _group(NodeAdamOptimizerConfig(lr=1e-2, eps=1e-15)),

@@ -457,7 +457,7 @@ def answers(trained: Trained) -> dict[str, Finished]:
             "picture": ["infnerf-picture", *picture_of, "--output", place.folder / "by_hand.jpg", "--photos", 0, 2],
             "picture_type": ["infnerf-picture", *picture_of, "--output", place.folder / "by_hand.txt"],
             "level": place.train("refused", "--pipeline.model.octree.max-level", 99),
-            "data": ["ns-train", "infnerf-small", *quiet, "--data", place.folder / "nowhere", "nerfstudio-data"],
+            "data": ["ns-train", "infnerf-small", *quiet, "--data", place.folder / "nowhere"],
         },
         place.logs,
     )

@@ -19,6 +19,9 @@ from infnerf_ns.kernels.hash_torch import hash_encode_torch
 from infnerf_ns.kernels.layout import HashLayout
 from infnerf_ns.kernels.mlp_torch import grouped_mlp_torch
 
+numba.config.THREADING_LAYER_PRIORITY = ["omp", "tbb", "workqueue"]
+"""numba asks for TBB first and warns of an old one that it then leaves alone; it was measured with OpenMP."""
+
 Backend = Literal["auto", "torch", "numba"]
 
 _numba_lock = threading.Lock()
