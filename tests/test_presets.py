@@ -12,6 +12,7 @@ import pytest
 import torch
 import tyro
 import yaml
+from nerfstudio.data.dataparsers.nerfstudio_dataparser import NerfstudioDataParserConfig
 
 from infnerf_ns import presets
 from infnerf_ns.errors import InputError
@@ -296,3 +297,10 @@ def test_the_settings_module_needs_neither_nerfstudio_nor_torch():
 
     code = "import sys, infnerf_ns.validation; sys.exit(any(m in sys.modules for m in ('torch', 'nerfstudio')))"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def test_a_folder_with_transforms_json_needs_no_parser_name() -> None:
+    """``ns-train infnerf --data SCENE``, as with nerfacto; nerfstudio itself reads Blender scenes by default."""
+    for name in presets.preset_names():
+        dataparser = presets.load_preset(name).pipeline.datamanager.dataparser
+        assert type(dataparser) is NerfstudioDataParserConfig
