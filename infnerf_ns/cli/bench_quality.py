@@ -281,16 +281,22 @@ def _plot(rows: list[dict], path: Path, title: str) -> None:
     from matplotlib import pyplot
 
     levels = [name for name in rows[0] if name.startswith("psnr_")]
+    minutes = sorted({row["minutes"] for row in rows})
     figure, axes = pyplot.subplots(1, len(levels), figsize=(2.6 * len(levels), 3), sharey=True, squeeze=False)
     for axis, level in zip(axes[0], levels):
         for method in dict.fromkeys(row["method"] for row in rows):
             own = [row for row in rows if row["method"] == method]
             axis.plot([row["minutes"] for row in own], [row[level] for row in own], "o-", label=method)
         axis.set(xscale="log", xlabel="minutes", title=f"photos at {level.removeprefix('psnr_')}")
+        axis.set_xticks(minutes, [f"{minute:g}" for minute in minutes])
+        axis.minorticks_off()
         axis.grid(alpha=0.3)
     axes[0][0].set_ylabel("held-out PSNR, dB")
-    axes[0][-1].legend(fontsize="small")
+    # Below the panels: the name of a method with settings of its own is longer than a panel is wide.
+    figure.legend(
+        *axes[0][0].get_legend_handles_labels(), loc="upper center", bbox_to_anchor=(0.5, 0), fontsize="small"
+    )
     figure.suptitle(title)
     figure.tight_layout()
-    figure.savefig(path, dpi=110)
+    figure.savefig(path, dpi=110, bbox_inches="tight")
     pyplot.close(figure)
