@@ -22,13 +22,16 @@ from nerfstudio.field_components.activations import trunc_exp
 from torch import Tensor, nn
 
 from infnerf_ns.kernels import (
+    Backend,
+    Groups,
     TreePaths,
+    choose,
     enable_bank_gradient,
+    follows_paths,
     grouped_mlp,
     hash_encode,
     path_features,
     path_sum,
-    use_numba,
 )
 from infnerf_ns.octree import Octree, RootCube
 from infnerf_ns.pages import PageLayout
@@ -71,8 +74,8 @@ class FieldConfig:
     downweight: Annotated[float, Range(0.0, 16.0)] = 1.0
     """Strength of Zip-NeRF's down-weighting of hash levels finer than the sample's footprint (0: off; larger:
     sharper)."""
-    backend: Literal["auto", "torch", "numba"] = "auto"
-    """Kernel backend; auto takes numba for CPU tensors."""
+    backend: Backend = "auto"
+    """Kernel backend; auto takes numba on a CPU, and on CUDA the first of triton, tcnn and torch that is installed."""
 
 
 class Routed(NamedTuple):
@@ -186,7 +189,8 @@ class OctreeField(nn.Module):
         """
         cap = int(self.active_level) if max_level is None else min(max_level, int(self.active_level))
         unit = self.octree.cube.to_unit(positions)
-        path = self.octree.route(unit, footprints if coarsen is None else footprints * coarsen, cap)
+        footprints_asked = footprints if coarsen is None else footprints * coarsen
+        path = self.octree.route(unit, footprints_asked, cap, self.config.backend)
         node = path.max(dim=1).values
         order = torch.argsort(node)
         radii = None if footprints is None else footprints.index_select(0, order)
@@ -223,39 +227,26 @@ class OctreeField(nn.Module):
         edges = torch.searchsorted(node, self.octree.first_of_level).tolist()
         return list(zip(edges[:-1], edges[1:]))
 
-    def _groups(self, node: Int[Tensor, "S"], level: int) -> tuple[Tensor, Tensor]:
-        """Runs of samples that share a decoder, within one level: (starts [G + 1], rows [G])."""
-        if self.config.decoder_sharing != "node":
-            return torch.tensor([0, len(node)]), torch.zeros(1, dtype=torch.long)
-        nodes, counts = torch.unique_consecutive(node, return_counts=True)
-        return torch.nn.functional.pad(counts.cumsum(0), (1, 0)), nodes - self.octree.first_of_level[level]
+    def _groups(self, node: Int[Tensor, "M"], inputs: int, residual: bool) -> Groups:
+        """Runs of sorted samples that share a decoder; a residual node's features end at its own level's."""
+        sharing = self.config.decoder_sharing
+        if sharing == "node":
+            nodes, counts = torch.unique_consecutive(node, return_counts=True)
+            level = self.octree.level[nodes]
+            row = nodes - self.octree.first_of_level[level]
+        else:
+            levels = self.octree.level[node] if sharing == "level" else torch.zeros_like(node)
+            level, counts = torch.unique_consecutive(levels, return_counts=True)
+            row = torch.zeros_like(level)
+        used = torch.full_like(row, inputs)
+        if residual and sharing != "tree":
+            used = torch.tensor(self._columns, device=node.device).cumsum(0)[level]
+        return Groups(nn.functional.pad(counts.cumsum(0), (1, 0)), level, row, used)
 
-    def _decode(
-        self,
-        inputs: Tensor,
-        node: Tensor,
-        slices: list[tuple[int, int]],
-        offset: int,
-        widths: tuple[int, ...],
-        frozen: bool,
-    ) -> Tensor:
-        outputs = []
-        for level, (a, b) in enumerate(slices):
-            if self.config.decoder_sharing == "tree":
-                level, a, b = 0, 0, len(node)
-            if b > a:
-                starts, rows = self._groups(node[a:b], level)
-                used = widths[0]
-                if offset == 0 and self.config.children == "residual" and self.config.decoder_sharing != "tree":
-                    used = sum(self._columns[: level + 1])
-                used_inputs = torch.full_like(rows, used)
-                bank = self.decoders[level].detach() if frozen else self.decoders[level]
-                outputs.append(
-                    grouped_mlp(inputs[a:b], starts, rows, bank, offset, widths, used_inputs, self.config.backend)
-                )
-            if self.config.decoder_sharing == "tree":
-                break
-        return torch.cat(outputs) if len(outputs) > 1 else outputs[0] if outputs else inputs.new_zeros(0, widths[-1])
+    def _decode(self, inputs: Tensor, node: Tensor, offset: int, widths: tuple[int, ...], frozen: bool) -> Tensor:
+        residual = offset == 0 and self.config.children == "residual"
+        banks = [bank.detach() if frozen else bank for bank in self.decoders]
+        return grouped_mlp(inputs, self._groups(node, widths[0], residual), banks, offset, widths, self.config.backend)
 
     def _features(self, routed: Routed, slices: list[tuple[int, int]], frozen: bool) -> Tensor:
         octree, residual = self.octree, self.config.children == "residual"
@@ -273,6 +264,7 @@ class OctreeField(nn.Module):
                 banks,
                 self.layouts[: len(slices)],
                 self.density_widths[0],
+                self.config.backend,
             )
         pieces = []
         for level, (a, b) in enumerate(slices):
@@ -317,7 +309,7 @@ class OctreeField(nn.Module):
     def _fused(self, unit: Tensor, footprints: Tensor | None) -> bool:
         """Whether the kernels that follow the paths can be used: they give gradients to the banks alone."""
         needs_gradient = unit.requires_grad or (footprints is not None and footprints.requires_grad)
-        return not (needs_gradient and torch.is_grad_enabled()) and use_numba(self.config.backend, unit)
+        return not (needs_gradient and torch.is_grad_enabled()) and follows_paths(self.config.backend, unit)
 
     def _paths(self, unit: Tensor, path: Tensor) -> TreePaths:
         return TreePaths(unit, path, self.octree.coords, self.octree.first_of_level.tolist())
@@ -329,7 +321,7 @@ class OctreeField(nn.Module):
         """
         slices = self._slices(routed.node)
         features = self._features(routed, slices, frozen)
-        hidden = self._decode(features, routed.node, slices, 0, self.density_widths, frozen)
+        hidden = self._decode(features, routed.node, 0, self.density_widths, frozen)
         density = trunc_exp(hidden[:, 0] - 1.0) * (2.0 / self.octree.cube.side)
         # The sigmoid bounds what the colour decoder sees (official code: prevents NaN after long training).
         return density, torch.sigmoid(hidden[:, 1:])
@@ -343,9 +335,7 @@ class OctreeField(nn.Module):
     ) -> Float[Tensor, "S 3"]:
         """Colour in 0..1 of samples sorted by node."""
         inputs = torch.cat([geo, direction_code] + ([appearance] if appearance is not None else []), dim=1)
-        return torch.sigmoid(
-            self._decode(inputs, node, self._slices(node), self.pages.color_offset, self.color_widths, False)
-        )
+        return torch.sigmoid(self._decode(inputs, node, self.pages.color_offset, self.color_widths, False))
 
     def normals(self, positions: Float[Tensor, "M 3"], footprints: Float[Tensor, "M"] | None) -> Float[Tensor, "M 3"]:
         """Unit normals: the direction in which the density falls fastest, world frame."""
@@ -364,11 +354,12 @@ class OctreeField(nn.Module):
         """Density of the proposal grids per scene unit: exp of the sum over the sample's node and its ancestors."""
         octree = self.octree
         unit = octree.cube.to_unit(positions)
-        path = octree.route(unit, footprints, int(self.active_level))
+        path = octree.route(unit, footprints, int(self.active_level), self.config.backend)
         if self._fused(unit, footprints):
             levels = path.shape[1]
             paths = self._paths(unit, path)
-            log_density = path_sum(paths, list(self.proposals[:levels]), self.proposal_layouts[:levels])
+            banks, layouts = list(self.proposals[:levels]), self.proposal_layouts[:levels]
+            log_density = path_sum(paths, banks, layouts, self.config.backend)
             return trunc_exp(log_density - 1.0) * (2.0 / octree.cube.side)
         log_density = 0.0
         for level in range(path.shape[1]):
@@ -425,9 +416,9 @@ def octree_from_state(state: dict[str, Tensor], prefix: str) -> Octree:
     )
 
 
-def in_place_gradients(field: OctreeField) -> None:
-    """Let the CPU kernels write bank gradients in place (for training with NodeAdam); the torch backend cannot."""
-    if field.config.backend == "torch":
+def in_place_gradients(field: OctreeField, device: torch.device | str = "cpu") -> None:
+    """Let the kernels write bank gradients in place (for training with NodeAdam), if the backend on that device can."""
+    if choose(field.config.backend, torch.device(device)) not in ("numba", "triton"):
         return
     for banks in (field.grids, field.decoders, field.proposals):
         for bank in banks:

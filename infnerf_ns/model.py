@@ -31,6 +31,7 @@ from torch.nn import Parameter
 
 from infnerf_ns.errors import InputError
 from infnerf_ns.field import FieldConfig, OctreeField, in_place_gradients, octree_from_state
+from infnerf_ns.kernels import explain
 from infnerf_ns.losses import ray as ray_losses
 from infnerf_ns.losses import reconstruction
 from infnerf_ns.losses import tree as tree_losses
@@ -147,7 +148,9 @@ class InfNeRFModel(Model):
             CONSOLE.print(f"root cube: side {octree.cube.side:.4g}, near plane {scene.near:.4g} or more (scene units)")
             require_memory(layout.memory_bytes(octree), self.kwargs.get("device", "cpu"))
         self.field = OctreeField(octree, self.config.field, self.config.octree.max_level, self.num_train_data)
-        in_place_gradients(self.field)
+        device = torch.device(self.kwargs.get("device", "cpu"))
+        in_place_gradients(self.field, device)
+        CONSOLE.print(f"infnerf: {explain(self.config.field.backend, device)}")
         self.camera_optimizer: CameraOptimizer = self.config.camera_optimizer.setup(
             num_cameras=self.num_train_data, device="cpu"
         )

@@ -22,8 +22,8 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from infnerf_ns import kernels
 from infnerf_ns.footprint import continuous_level, level_gsd
-from infnerf_ns.kernels import route_on_cpu, use_numba
 
 _OCTANTS = torch.tensor([[(o >> 0) & 1, (o >> 1) & 1, (o >> 2) & 1] for o in range(8)])
 
@@ -171,7 +171,11 @@ class Octree:
         return inside.clamp(0.0, 1.0 - 2.0**-24)
 
     def route(
-        self, unit: Float[Tensor, "M 3"], footprints: Float[Tensor, "M"] | None, max_level: int | None = None
+        self,
+        unit: Float[Tensor, "M 3"],
+        footprints: Float[Tensor, "M"] | None,
+        max_level: int | None = None,
+        backend: kernels.Backend = "auto",
     ) -> Int[Tensor, "M K"]:
         """Path of every sample from the root to the node that keeps it: column l is its node at level l, or -1 below
         that node.
@@ -184,13 +188,14 @@ class Octree:
             unit: positions in unit coordinates.
             footprints: radii in scene units; None asks for the finest node there is.
             max_level: a cut of the tree: no sample goes deeper.
+            backend: of the kernels.
         """
         deepest = self.depth if max_level is None else min(self.depth, max_level)
         path = torch.full((len(unit), deepest + 1), -1, dtype=torch.long, device=unit.device)
         path[:, 0] = 0
-        if use_numba("auto", unit):
+        if kernels.follows_paths(backend, unit):
             gsd = [self.gsd(level) for level in range(deepest + 1)]
-            return route_on_cpu(unit, footprints, self.children, gsd, path)
+            return kernels.route(unit, footprints, self.children, gsd, path, backend)
         active = torch.nonzero(((unit >= 0) & (unit < 1)).all(dim=-1))[:, 0] if deepest > 0 else None
         bit = torch.tensor([1, 2, 4], device=unit.device)
         for level in range(deepest):

@@ -8,7 +8,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from infnerf_ns.kernels import HashLayout, enable_bank_gradient, grouped_mlp, hash_encode, mlp_page_size
+from infnerf_ns.kernels import Groups, HashLayout, enable_bank_gradient, grouped_mlp, hash_encode, mlp_page_size
 
 LAYOUTS = {
     "dense": HashLayout(2, 4, 8, 14, 2),
@@ -109,18 +109,26 @@ def test_grouped_mlp_numba_is_the_reference(threads: int, sizes: list[int], widt
     generator = torch.Generator().manual_seed(3)
     inputs = torch.randn(sum(sizes), widths[0], generator=generator)
     starts = torch.tensor([0, *torch.tensor(sizes).cumsum(0).tolist()])
-    rows = torch.randperm(len(sizes) + 2, generator=generator)[: len(sizes)]
-    pages = torch.randn(len(sizes) + 2, mlp_page_size(widths) + 9, generator=generator) / widths[0] ** 0.5
     used = torch.randint(1, widths[0] + 1, (len(sizes),), generator=generator)
     for group in range(len(sizes)):
         inputs[starts[group] : starts[group + 1], used[group] :] = 0
+    # Groups of two octree levels, the first and the last of three; rows in random order.
+    of_first = (len(sizes) + 1) // 2
+    level = torch.tensor([0] * of_first + [2] * (len(sizes) - of_first))
+    row = torch.cat([torch.randperm(of_first + 1, generator=generator)[:of_first], torch.arange(len(sizes) - of_first)])
+    groups = Groups(starts, level, row, used)
+    pages = [
+        torch.randn(nodes, mlp_page_size(widths) + 9, generator=generator) / widths[0] ** 0.5
+        for nodes in (of_first + 1, 2, len(sizes) - of_first + 1)
+    ]
     results = []
     for backend in ("torch", "numba"):
-        x, bank = inputs.clone().requires_grad_(), pages.clone().requires_grad_()
-        out = grouped_mlp(x, starts, rows, bank, offset, widths, used, backend)
+        x, banks = inputs.clone().requires_grad_(), [bank.clone().requires_grad_() for bank in pages]
+        out = grouped_mlp(x, groups, banks, offset, widths, backend)
         out.backward(torch.cos(torch.arange(out.numel()).reshape(out.shape).float()))
-        results.append([out.detach(), bank.grad, x.grad])
+        gradients = [torch.zeros_like(bank) if bank.grad is None else bank.grad for bank in banks]
+        results.append([out.detach(), x.grad, *gradients])
     for group in range(len(sizes)):  # the promise of used_inputs: no gradient is owed beyond it
-        results[0][2][starts[group] : starts[group + 1], used[group] :] = 0
-    for name, reference, fast in zip(("outputs", "weight gradient", "input gradient"), *results):
+        results[0][1][starts[group] : starts[group + 1], used[group] :] = 0
+    for name, reference, fast in zip(("outputs", "input gradient", "level 0", "level 1", "level 2"), *results):
         assert (reference - fast).abs().max() <= 3e-5 * reference.abs().max(), name

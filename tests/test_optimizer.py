@@ -11,7 +11,15 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.nn import Parameter
 
-from infnerf_ns.kernels import HashLayout, bank_gradient, enable_bank_gradient, grouped_mlp, hash_encode, mlp_page_size
+from infnerf_ns.kernels import (
+    Groups,
+    HashLayout,
+    bank_gradient,
+    enable_bank_gradient,
+    grouped_mlp,
+    hash_encode,
+    mlp_page_size,
+)
 from infnerf_ns.training.optimizer import NodeAdam, NodeAdamOptimizerConfig, _dense_step
 
 ROWS, PAGE = 5, 37  # the last block of a page is not full
@@ -223,7 +231,8 @@ def test_a_step_after_the_kernels_is_a_step_of_adam(backend: str) -> None:
     layout, widths = HashLayout(2, 4, 8, 9, 2), (4, 8, 3)
     generator = torch.Generator().manual_seed(0)
     positions, rows = torch.rand(60, 3, generator=generator), torch.arange(60) // 30
-    starts = torch.tensor([0, 30, 60])
+    zeros = torch.zeros(2, dtype=torch.long)
+    groups = Groups(torch.tensor([0, 30, 60]), zeros, torch.tensor([0, 1]), zeros + widths[0])
     results = []
     for ours in (True, False):
         generator.manual_seed(3)
@@ -236,7 +245,7 @@ def test_a_step_after_the_kernels_is_a_step_of_adam(backend: str) -> None:
         optimizer = NodeAdam(banks, lr=0.01) if ours else torch.optim.Adam(banks, lr=0.01, eps=1e-15)
         optimizer.zero_grad()
         features = hash_encode(positions, rows, grids, layout, backend)
-        grouped_mlp(features, starts, torch.tensor([0, 1]), weights, 0, widths, None, backend).square().sum().backward()
+        grouped_mlp(features, groups, [weights], 0, widths, backend).square().sum().backward()
         optimizer.step()
         results.append((grids.detach(), weights.detach()))
     for got, expected in zip(*results):

@@ -19,6 +19,7 @@ import torch
 from infnerf_ns.cli.bench_machine import describe_machine
 from infnerf_ns.field import FieldConfig
 from infnerf_ns.kernels import (
+    Groups,
     HashLayout,
     TreePaths,
     enable_bank_gradient,
@@ -153,17 +154,18 @@ class Speed:
     def _decoder_rows(self, name: str, widths: tuple[int, ...], peak: float) -> None:
         count, nodes = self.rays * SamplerConfig().samples, 9
         starts, rows = torch.linspace(0, count, nodes + 1).long(), torch.arange(nodes)
+        groups = Groups(starts, torch.zeros_like(rows), rows, torch.full_like(rows, widths[0]))
         bank = torch.nn.Parameter(0.1 * torch.randn(nodes, mlp_page_size(widths)))
         enable_bank_gradient(bank)
         inputs = torch.randn(count, widths[0], requires_grad=True)
 
         def both() -> None:
-            out = grouped_mlp(inputs, starts, rows, bank, 0, widths)
+            out = grouped_mlp(inputs, groups, [bank], 0, widths)
             out.backward(torch.ones_like(out))
 
         operations = 2 * count * mlp_page_size(widths)
         with torch.no_grad():
-            times = self._times(lambda: grouped_mlp(inputs, starts, rows, bank, 0, widths))
+            times = self._times(lambda: grouped_mlp(inputs, groups, [bank], 0, widths))
         self._row(f"{name}, forward", times, count, _of_peak(operations, times, peak))
         times = self._times(both)  # backward: the hidden activations again, and two products per layer
         operations = 4 * operations - 2 * count * widths[-2] * widths[-1]

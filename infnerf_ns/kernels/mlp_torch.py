@@ -3,25 +3,23 @@
 from __future__ import annotations
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float
 from torch import Tensor
+
+from infnerf_ns.kernels.batches import Groups
 
 
 def grouped_mlp_torch(
-    inputs: Float[Tensor, "P in"],
-    starts: Int[Tensor, "G1"],
-    rows: Int[Tensor, "G"],
-    bank: Float[Tensor, "N page"],
-    offset: int,
-    widths: tuple[int, ...],
+    inputs: Float[Tensor, "P in"], groups: Groups, banks: list[Tensor], offset: int, widths: tuple[int, ...]
 ) -> Float[Tensor, "P out"]:
     """See :func:`infnerf_ns.kernels.grouped_mlp`."""
     outputs = []
-    for group in range(len(rows)):
-        hidden = inputs[int(starts[group]) : int(starts[group + 1])]
+    starts = groups.starts.tolist()
+    for start, stop, level, row in zip(starts[:-1], starts[1:], groups.level.tolist(), groups.row.tolist()):
+        hidden = inputs[start:stop]
         used = offset
         for layer, (fan_in, fan_out) in enumerate(zip(widths[:-1], widths[1:])):
-            weight = bank[rows[group], used : used + fan_in * fan_out].reshape(fan_in, fan_out)
+            weight = banks[level][row, used : used + fan_in * fan_out].reshape(fan_in, fan_out)
             used += fan_in * fan_out
             hidden = hidden @ weight
             if layer < len(widths) - 2:

@@ -1,155 +1,63 @@
-"""Chooses the backend and ties the numba kernels into autograd."""
+"""Ties the numba kernels into autograd."""
 
 from __future__ import annotations
 
 import threading
 from functools import cache
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 import numba
 import numpy as np
 import torch
-from jaxtyping import Float, Int
 from torch import Tensor
 
-from infnerf_ns.errors import InputError
 from infnerf_ns.kernels import hash_numba, mlp_numba, route_numba, tree_numba
+from infnerf_ns.kernels.batches import Groups, TreePaths
+from infnerf_ns.kernels.contracts import mlp_page_size
 from infnerf_ns.kernels.gradients import bank_gradient
-from infnerf_ns.kernels.hash_torch import hash_encode_torch
 from infnerf_ns.kernels.layout import HashLayout
-from infnerf_ns.kernels.mlp_torch import grouped_mlp_torch
 
 numba.config.THREADING_LAYER_PRIORITY = ["omp", "tbb", "workqueue"]
 """numba asks for TBB first and warns of an old one that it then leaves alone; it was measured with OpenMP."""
-
-Backend = Literal["auto", "torch", "numba"]
 
 _numba_lock = threading.Lock()
 """numba's built-in thread pool must not be entered by two threads at once, and the viewer renders from a thread of its
 own."""
 
 
-def use_numba(backend: Backend, tensor: Tensor) -> bool:
-    """Whether samples like this tensor are evaluated by numba."""
-    if backend == "numba" and tensor.device.type != "cpu":
-        raise InputError(
-            f"--pipeline.model.field.backend numba runs on the CPU, but the model is on {tensor.device}: use auto"
-        )
-    return backend == "numba" or (backend == "auto" and tensor.device.type == "cpu" and tensor.dtype == torch.float32)
-
-
-def hash_encode(
-    positions: Float[Tensor, "P 3"],
-    row: Int[Tensor, "P"],
-    bank: Float[Tensor, "N page"],
-    layout: HashLayout,
-    backend: Backend = "auto",
-) -> Float[Tensor, "P LF"]:
-    """Features of (local position, node) pairs: trilinear interpolation in every hash level of the node's page.
-
-    Args:
-        positions: local positions in [0, 1).
-        row: row of each sample's node in the bank.
-        bank: one page per node; the hash grid stands first in the page.
-        layout: sizes of the hash levels.
-        backend: ``auto``, ``torch`` or ``numba``.
-
-    Returns:
-        Features, coarse level first. Gradients to the bank and, where required, to the positions are exact. A bank
-        with an in-place gradient (:func:`infnerf_ns.kernels.enable_bank_gradient`) receives its gradient directly in
-        ``bank.grad``.
-    """
-    if not use_numba(backend, positions):
-        return hash_encode_torch(positions, row, bank, layout)
+def hash_encode(positions: Tensor, row: Tensor, bank: Tensor, layout: HashLayout) -> Tensor:
+    """See :func:`infnerf_ns.kernels.hash_encode`."""
     return _HashEncode.apply(positions, row, bank, layout)
 
 
-def route_on_cpu(
-    unit: Float[Tensor, "M 3"],
-    footprints: Float[Tensor, "M"] | None,
-    children: Int[Tensor, "N 8"],
-    gsd: list[float],
-    path: Int[Tensor, "M K"],
-) -> Int[Tensor, "M K"]:
-    """The numba form of :meth:`infnerf_ns.octree.Octree.route`; fills and returns ``path``."""
+def route(unit: Tensor, footprints: Tensor | None, children: Tensor, gsd: list[float], path: Tensor) -> Tensor:
+    """See :func:`infnerf_ns.kernels.route`."""
     radii = np.empty(0, np.float32) if footprints is None else _flat(footprints.float())
     with _numba_lock:
         route_numba.route(_flat(unit), radii, _flat(children), np.array(gsd), path.numpy())
     return path
 
 
-def mlp_page_size(widths: tuple[int, ...]) -> int:
-    """Number of weights of one MLP with these layer widths (no biases, as in tiny-cuda-nn)."""
-    return sum(a * b for a, b in zip(widths[:-1], widths[1:]))
-
-
-def grouped_mlp(
-    inputs: Float[Tensor, "P in"],
-    starts: Int[Tensor, "G1"],
-    rows: Int[Tensor, "G"],
-    bank: Float[Tensor, "N page"],
-    offset: int,
-    widths: tuple[int, ...],
-    used_inputs: Int[Tensor, "G"] | None = None,
-    backend: Backend = "auto",
-) -> Float[Tensor, "P out"]:
-    """ReLU MLPs without biases, one per group of samples.
-
-    Args:
-        inputs: samples sorted by group.
-        starts: group g owns the samples ``starts[g] : starts[g + 1]``.
-        rows: row of each group's node in the bank.
-        bank: pages; the weights stand at ``offset``, layer by layer, each [fan_in, fan_out].
-        offset: first weight in the page.
-        widths: layer widths, input first.
-        used_inputs: leading inputs of each group that can differ from zero (a promise that saves work); None: all.
-        backend: ``auto``, ``torch`` or ``numba``.
-    """
-    if not use_numba(backend, inputs):
-        return grouped_mlp_torch(inputs, starts, rows, bank, offset, widths)
-    used = torch.full_like(rows, widths[0]) if used_inputs is None else used_inputs
-    return _GroupedMLP.apply(inputs, starts, rows, bank, offset, widths, used)
-
-
-class TreePaths(NamedTuple):
-    """Where samples stand in the tree, for the kernels that follow their paths."""
-
-    unit: Float[Tensor, "M 3"]
-    """unit coordinates"""
-    path: Int[Tensor, "M K"]
-    """node per level, -1 below the sample's own"""
-    coords: Int[Tensor, "N 3"]
-    """integer coordinates of all nodes"""
-    first: list[int]
-    """first node of each level"""
+def grouped_mlp(inputs: Tensor, groups: Groups, banks: list[Tensor], offset: int, widths: tuple[int, ...]) -> Tensor:
+    """See :func:`infnerf_ns.kernels.grouped_mlp`."""
+    return _GroupedMLP.apply(inputs, groups, offset, widths, *banks)
 
 
 def path_features(
     paths: TreePaths,
     starts: list[int],
-    footprints: Float[Tensor, "M"] | None,
+    footprints: Tensor | None,
     cells: list[np.ndarray],
     banks: list[Tensor],
     layouts: list[HashLayout],
     width: int,
-) -> Float[Tensor, "M width"]:
-    """Features of all nodes on each sample's path side by side, zeros where there is none; CPU only.
-
-    Args:
-        paths: samples sorted by the level of their own node.
-        starts: the first sample that has a node at each level (the number of samples: none has).
-        footprints: radii, for the down-weighting; None: features are not weighted.
-        cells: per octree level [L]: the weight of a hash level is erf(cells / footprint) (Zip-NeRF, eq. 9); in the root
-            the footprint shrinks with the contraction.
-        banks: grids of each level.
-        layouts: their layouts.
-        width: of the result.
-    """
+) -> Tensor:
+    """See :func:`infnerf_ns.kernels.path_features`."""
     return _PathFeatures.apply(paths, starts, footprints, cells, layouts, width, *banks)
 
 
-def path_sum(paths: TreePaths, banks: list[Tensor], layouts: list[HashLayout]) -> Float[Tensor, "M"]:
-    """Sum of the features (one per entry) of all nodes on each sample's path; CPU only."""
+def path_sum(paths: TreePaths, banks: list[Tensor], layouts: list[HashLayout]) -> Tensor:
+    """See :func:`infnerf_ns.kernels.path_sum`."""
     return _PathSum.apply(paths, layouts, *banks)
 
 
@@ -312,51 +220,86 @@ class _PathSum(torch.autograd.Function):
         return (None, None, *returned)
 
 
+class _LevelOfGroups(NamedTuple):
+    """The groups of one octree level, whose weights lie in one bank."""
+
+    level: int
+    samples: slice
+    tiles: tuple[np.ndarray, np.ndarray, np.ndarray]
+    rows: np.ndarray
+    used: np.ndarray
+
+
+def _levels_of(groups: Groups) -> list[_LevelOfGroups]:
+    starts, level, rows, used = (_flat(part) for part in groups)
+    edges = np.flatnonzero(np.diff(level)) + 1
+    levels = []
+    for first, last in zip([0, *edges], [*edges, len(level)]):
+        if last > first:
+            begin = starts[first]
+            tiles = mlp_numba.tiles_of(starts[first : last + 1] - begin)
+            samples = slice(int(begin), int(starts[last]))
+            levels.append(_LevelOfGroups(int(level[first]), samples, tiles, rows[first:last], used[first:last]))
+    return levels
+
+
 class _GroupedMLP(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, inputs, starts, rows, bank, offset, widths, used) -> Tensor:
+    def forward(ctx, inputs, groups, offset, widths, *banks) -> Tensor:
         out = torch.empty(len(inputs), widths[-1])
-        tiles = mlp_numba.tiles_of(_flat(starts))
+        levels, data, target = _levels_of(groups), _flat(inputs), out.numpy()
         with _numba_lock:
-            mlp_numba.forward(
-                _flat(inputs), *tiles, _flat(rows), _flat(bank), offset, np.array(widths), _flat(used), out.numpy(),
-                numba.get_num_threads(),
-            )  # fmt: skip
-        ctx.save_for_backward(inputs, rows, used)
-        ctx.bank, ctx.offset, ctx.widths, ctx.tiles = bank, offset, widths, tiles
+            for each in levels:
+                mlp_numba.forward(
+                    data[each.samples], *each.tiles, each.rows, _flat(banks[each.level]), offset, np.array(widths),
+                    each.used, target[each.samples], numba.get_num_threads(),
+                )  # fmt: skip
+        ctx.save_for_backward(inputs)
+        ctx.levels, ctx.banks, ctx.offset, ctx.widths = levels, banks, offset, widths
         return out
 
     @staticmethod
     def backward(ctx, grad_out: Tensor):
-        inputs, rows, used = ctx.saved_tensors
-        bank, offset, widths = ctx.bank, ctx.offset, ctx.widths
-        size, threads = mlp_page_size(widths), numba.get_num_threads()
+        (inputs,) = ctx.saved_tensors
         want_inputs = ctx.needs_input_grad[0]
         grad_inputs = torch.empty_like(inputs if want_inputs else inputs[:0])
-        grad_groups = np.zeros((len(rows), size), np.float32)
-        edge_groups = np.full((threads, 2), -1, np.int64)
-        edges = np.zeros((threads, 2, size), np.float32)
-        with _numba_lock:
-            mlp_numba.backward(
-                _flat(inputs), *ctx.tiles, _flat(rows), _flat(bank), offset, np.array(widths), _flat(used),
-                _flat(grad_out),
-                grad_inputs.numpy(), grad_groups, edge_groups, edges, threads, want_inputs,
+        returned: list[Tensor | None] = [None] * len(ctx.banks)
+        for each in ctx.levels:
+            weights = _mlp_gradient(
+                ctx, each, _flat(inputs)[each.samples], _flat(grad_out)[each.samples],
+                grad_inputs.numpy()[each.samples], want_inputs,
             )  # fmt: skip
-        for thread in range(threads):
-            for side in range(2):
-                if edge_groups[thread, side] >= 0:
-                    grad_groups[edge_groups[thread, side]] += edges[thread, side]
-        grad_bank = None
-        if ctx.needs_input_grad[3]:
-            held = bank_gradient(bank)
-            if held is None:
-                grad_bank = torch.zeros_like(bank)
-                target = grad_bank
-            else:
-                target = held.grad
-                held.rows[rows] = 1
-                held.touched[
-                    rows, offset >> hash_numba.BLOCK_SHIFT : ((offset + size - 1) >> hash_numba.BLOCK_SHIFT) + 1
-                ] = 1
-            target[:, offset : offset + size].index_add_(0, rows, torch.from_numpy(grad_groups))
-        return grad_inputs if want_inputs else None, None, None, grad_bank, None, None, None
+            if ctx.needs_input_grad[4 + each.level]:
+                returned[each.level] = _add_to_pages(ctx.banks[each.level], each.rows, ctx.offset, weights)
+        return (grad_inputs if want_inputs else None, None, None, None, *returned)
+
+
+def _mlp_gradient(
+    ctx, each: _LevelOfGroups, inputs: np.ndarray, grad_out: np.ndarray, grad_inputs: np.ndarray, want_inputs: bool
+) -> np.ndarray:
+    """Writes the gradient of one level's inputs and returns that of its groups' weights [G, size]."""
+    size, threads = mlp_page_size(ctx.widths), numba.get_num_threads()
+    grad_groups = np.zeros((len(each.rows), size), np.float32)
+    edge_groups = np.full((threads, 2), -1, np.int64)
+    edges = np.zeros((threads, 2, size), np.float32)
+    with _numba_lock:
+        mlp_numba.backward(
+            inputs, *each.tiles, each.rows, _flat(ctx.banks[each.level]), ctx.offset, np.array(ctx.widths), each.used,
+            grad_out, grad_inputs, grad_groups, edge_groups, edges, threads, want_inputs,
+        )  # fmt: skip
+    for thread in range(threads):
+        for side in range(2):
+            if edge_groups[thread, side] >= 0:
+                grad_groups[edge_groups[thread, side]] += edges[thread, side]
+    return grad_groups
+
+
+def _add_to_pages(bank: Tensor, rows: np.ndarray, offset: int, weights: np.ndarray) -> Tensor | None:
+    """Adds gradients [G, size] to the bank's; returns what autograd is given."""
+    target = _target(bank)
+    end = offset + weights.shape[1]
+    pages = torch.from_numpy(target.grad)[:, offset:end]
+    pages.index_add_(0, torch.from_numpy(rows), torch.from_numpy(weights))
+    target.rows[rows] = 1
+    target.touched[rows, offset >> hash_numba.BLOCK_SHIFT : ((end - 1) >> hash_numba.BLOCK_SHIFT) + 1] = 1
+    return target.returned
