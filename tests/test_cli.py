@@ -103,17 +103,21 @@ def test_held_out_psnr_of_a_known_error() -> None:
     photos_with_hole[0]["image"][:8], photos_with_hole[0]["mask"][:8] = 1.0, False
     photos_with_hole.cameras = cameras
     model = _Constant()
-    psnr, rays = held_out_psnr(model, photos, 100, seed=0)
+    clock = iter(range(0, 1000, 2))  # two seconds between any two looks at it
+    psnr, rate = held_out_psnr(model, photos, 100, seed=0, now=lambda: next(clock))
     assert psnr == {
         "1": pytest.approx(20, abs=1e-3),
         "1/2": pytest.approx(20, abs=1e-3),
         "1/4": pytest.approx(20, abs=1e-3),
     }
-    assert rays == model.rays == 100 + 100 + 100
-    assert held_out_psnr(model, photos, 10_000, seed=0)[1] == 64 * 32 + 32 * 16 + 16 * 8
-    psnr, rays = held_out_psnr(model, photos_with_hole, 10_000, seed=0)
+    assert model.rays == 100 + 100 + 100
+    assert rate == 300 / 6, "two seconds for each of the three levels"
+    held_out_psnr(model, photos, 10_000, seed=0)
+    assert model.rays == 300 + 64 * 32 + 32 * 16 + 16 * 8
+    model.rays = 0
+    psnr, _ = held_out_psnr(model, photos_with_hole, 10_000, seed=0)
     assert psnr == {name: pytest.approx(20, abs=1e-3) for name in ("1", "1/2", "1/4")}, "masked pixels do not count"
-    assert rays == 64 * 24 + 32 * 12 + 16 * 6
+    assert model.rays == 64 * 24 + 32 * 12 + 16 * 6
 
 
 @pytest.mark.parametrize(

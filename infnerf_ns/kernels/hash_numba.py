@@ -10,63 +10,81 @@ from __future__ import annotations
 import numba as nb
 import numpy as np
 
+from infnerf_ns.kernels.corners_numba import AHEAD, CHUNK, corner_entries, corner_weight, grid_of, request
+
 BLOCK_SHIFT = 4
 """log2 of the floats that share one touched flag"""
-_CHUNK = 512
 
 
 @nb.njit(inline="always")
-def _corner(cx, cy, cz, corner, resolution, size, hashed):
-    x = cx + (corner & 1)
-    y = cy + ((corner >> 1) & 1)
-    z = cz + ((corner >> 2) & 1)
-    if hashed:
-        h = np.uint32(x) ^ (np.uint32(y) * np.uint32(2654435761)) ^ (np.uint32(z) * np.uint32(805459861))
-        return np.int64(h & np.uint32(size - 1))
-    index = x + resolution * (y + resolution * z)
-    if index >= size:
-        index %= size
-    return index
+def interpolate(bank, row, base, features, place, entry, i):
+    """The features (up to four) of one sample of a chunk."""
+    a0, a1, a2, a3 = np.float32(0), np.float32(0), np.float32(0), np.float32(0)
+    r, fx, fy, fz = row[i], place[0, i], place[1, i], place[2, i]
+    for corner in range(8):
+        index = base + np.uintp(entry[corner, i]) * np.uintp(features)
+        w = corner_weight(fx, fy, fz, corner)
+        a0 += w * bank[r, index]
+        if features > 1:
+            a1 += w * bank[r, index + np.uintp(1)]
+        if features > 2:
+            a2 += w * bank[r, index + np.uintp(2)]
+            a3 += w * bank[r, index + np.uintp(3)]
+    return a0, a1, a2, a3
 
 
 @nb.njit(inline="always")
-def _weight(fx, fy, fz, corner):
-    wx = fx if corner & 1 else np.float32(1) - fx
-    wy = fy if corner & 2 else np.float32(1) - fy
-    wz = fz if corner & 4 else np.float32(1) - fz
-    return wx * wy * wz
+def write(out, p, column, features, values, weight):
+    """Writes one sample's features, times a weight."""
+    out[p, column] = weight * values[0]
+    if features > 1:
+        out[p, column + 1] = weight * values[1]
+    if features > 2:
+        out[p, column + 2] = weight * values[2]
+        out[p, column + 3] = weight * values[3]
+
+
+@nb.njit(inline="always")
+def scatter(grad_bank, touched, row, base, features, place, entry, i, grad_out, p, column, weight):
+    """Adds one sample's gradient to the entries of its cell and flags their blocks."""
+    r, fx, fy, fz = row[i], place[0, i], place[1, i], place[2, i]
+    for corner in range(8):
+        index = base + np.uintp(entry[corner, i]) * np.uintp(features)
+        w = weight * corner_weight(fx, fy, fz, corner)
+        touched[r, index >> np.uintp(BLOCK_SHIFT)] = 1
+        for f in range(features):
+            grad_bank[r, index + np.uintp(f)] += w * grad_out[p, column + f]
+
+
+@nb.njit(inline="always")
+def _take(positions, row, start, count, local, rows):
+    """Copies a chunk of samples."""
+    for i in range(count):
+        for axis in range(3):
+            local[axis, i] = positions[start + i, axis]
+        rows[i] = np.uintp(row[start + i])
 
 
 @nb.njit(parallel=True, cache=True, fastmath=True, error_model="numpy", boundscheck=False)
 def forward(positions, row, bank, out, scales, resolutions, sizes, offsets, hashed, feature_axis):
     """out [P, L * F] = features of positions [P, 3] in pages bank[row [P]]; feature_axis is a tuple of length F."""
     features = len(feature_axis)
-    levels = len(scales)
-    count = len(positions)
-    for chunk in nb.prange((count + _CHUNK - 1) // _CHUNK):
-        start = chunk * _CHUNK
-        stop = min(start + _CHUNK, count)
-        for level in range(levels):
-            scale = scales[level]
-            resolution = resolutions[level]
-            size = sizes[level]
-            is_hashed = hashed[level]
-            base = offsets[level] * features
-            column = level * features
-            for p in range(start, stop):
-                gx = positions[p, 0] * scale + np.float32(0.5)
-                gy = positions[p, 1] * scale + np.float32(0.5)
-                gz = positions[p, 2] * scale + np.float32(0.5)
-                cx, cy, cz = np.int64(gx), np.int64(gy), np.int64(gz)
-                fx, fy, fz = gx - np.float32(cx), gy - np.float32(cy), gz - np.float32(cz)
-                r = row[p]
-                for f in range(features):
-                    out[p, column + f] = np.float32(0)
-                for corner in range(8):
-                    index = base + _corner(cx, cy, cz, corner, resolution, size, is_hashed) * features
-                    w = _weight(fx, fy, fz, corner)
-                    for f in range(features):
-                        out[p, column + f] += w * bank[r, index + f]
+    for chunk in nb.prange((len(positions) + CHUNK - 1) // CHUNK):
+        start = chunk * CHUNK
+        count = min(CHUNK, len(positions) - start)
+        local, place = np.empty((3, CHUNK), np.float32), np.empty((3, CHUNK), np.float32)
+        rows, entry = np.empty(CHUNK, np.uintp), np.empty((8, CHUNK), np.uint32)
+        _take(positions, row, start, count, local, rows)
+        for level in range(len(scales)):
+            scale, resolution, size, base, is_hashed = grid_of(
+                level, features, scales, resolutions, sizes, offsets, hashed
+            )
+            corner_entries(local, count, scale, resolution, size, is_hashed, place, entry)
+            for i in range(count):
+                if i + AHEAD < count:
+                    request(bank, rows, base, features, entry, i + AHEAD)
+                values = interpolate(bank, rows, base, features, place, entry, i)
+                write(out, start + i, level * features, features, values, np.float32(1))
 
 
 @nb.njit(parallel=True, cache=True, fastmath=True, error_model="numpy", boundscheck=False)
@@ -76,33 +94,27 @@ def backward_bank(
     """Adds the gradient to grad_bank [N, page] and flags the touched blocks; order [L] balances cheap and costly
     levels."""
     features = len(feature_axis)
-    count = len(positions)
-    for i in nb.prange(len(order)):
-        level = order[i]
-        scale = scales[level]
-        resolution = resolutions[level]
-        size = sizes[level]
-        is_hashed = hashed[level]
-        base = offsets[level] * features
+    for task in nb.prange(len(order)):
+        level = order[task]
         column = level * features
-        for p in range(count):
-            live = False
-            for f in range(features):
-                live = live or grad_out[p, column + f] != 0
-            if not live:
-                continue
-            gx = positions[p, 0] * scale + np.float32(0.5)
-            gy = positions[p, 1] * scale + np.float32(0.5)
-            gz = positions[p, 2] * scale + np.float32(0.5)
-            cx, cy, cz = np.int64(gx), np.int64(gy), np.int64(gz)
-            fx, fy, fz = gx - np.float32(cx), gy - np.float32(cy), gz - np.float32(cz)
-            r = row[p]
-            for corner in range(8):
-                index = base + _corner(cx, cy, cz, corner, resolution, size, is_hashed) * features
-                w = _weight(fx, fy, fz, corner)
-                touched[r, index >> BLOCK_SHIFT] = 1
+        scale, resolution, size, base, is_hashed = grid_of(level, features, scales, resolutions, sizes, offsets, hashed)
+        local, place = np.empty((3, CHUNK), np.float32), np.empty((3, CHUNK), np.float32)
+        rows, entry = np.empty(CHUNK, np.uintp), np.empty((8, CHUNK), np.uint32)
+        for start in range(0, len(positions), CHUNK):
+            count = min(CHUNK, len(positions) - start)
+            _take(positions, row, start, count, local, rows)
+            corner_entries(local, count, scale, resolution, size, is_hashed, place, entry)
+            for i in range(count):
+                if i + AHEAD < count:
+                    request(grad_bank, rows, base, features, entry, i + AHEAD)
+                live = False
                 for f in range(features):
-                    grad_bank[r, index + f] += w * grad_out[p, column + f]
+                    live = live or grad_out[start + i, column + f] != 0
+                if live:
+                    scatter(
+                        grad_bank, touched, rows, base, features, place, entry, i, grad_out, start + i, column,
+                        np.float32(1),
+                    )  # fmt: skip
 
 
 @nb.njit(parallel=True, cache=True, fastmath=True, error_model="numpy", boundscheck=False)
@@ -110,30 +122,38 @@ def backward_positions(
     positions, row, bank, grad_out, grad_positions, scales, resolutions, sizes, offsets, hashed, feature_axis
 ):
     """grad_positions [P, 3] = gradient of the trilinear interpolation with respect to the local positions."""
-    features = len(feature_axis)
-    one = np.float32(1)
-    for p in nb.prange(len(positions)):
-        dx, dy, dz = np.float32(0), np.float32(0), np.float32(0)
-        r = row[p]
+    features, one = len(feature_axis), np.float32(1)
+    for chunk in nb.prange((len(positions) + CHUNK - 1) // CHUNK):
+        start = chunk * CHUNK
+        count = min(CHUNK, len(positions) - start)
+        local, place = np.empty((3, CHUNK), np.float32), np.empty((3, CHUNK), np.float32)
+        rows, entry = np.empty(CHUNK, np.uintp), np.empty((8, CHUNK), np.uint32)
+        total = np.zeros((3, CHUNK), np.float32)
+        _take(positions, row, start, count, local, rows)
         for level in range(len(scales)):
-            scale = scales[level]
-            gx = positions[p, 0] * scale + np.float32(0.5)
-            gy = positions[p, 1] * scale + np.float32(0.5)
-            gz = positions[p, 2] * scale + np.float32(0.5)
-            cx, cy, cz = np.int64(gx), np.int64(gy), np.int64(gz)
-            fx, fy, fz = gx - np.float32(cx), gy - np.float32(cy), gz - np.float32(cz)
-            base = offsets[level] * features
-            for corner in range(8):
-                index = base + _corner(cx, cy, cz, corner, resolutions[level], sizes[level], hashed[level]) * features
-                dot = np.float32(0)
-                for f in range(features):
-                    dot += bank[r, index + f] * grad_out[p, level * features + f]
-                wx = fx if corner & 1 else one - fx
-                wy = fy if corner & 2 else one - fy
-                wz = fz if corner & 4 else one - fz
-                dx += (one if corner & 1 else -one) * wy * wz * dot * scale
-                dy += (one if corner & 2 else -one) * wx * wz * dot * scale
-                dz += (one if corner & 4 else -one) * wx * wy * dot * scale
-        grad_positions[p, 0] = dx
-        grad_positions[p, 1] = dy
-        grad_positions[p, 2] = dz
+            scale, resolution, size, base, is_hashed = grid_of(
+                level, features, scales, resolutions, sizes, offsets, hashed
+            )
+            corner_entries(local, count, scale, resolution, size, is_hashed, place, entry)
+            for i in range(count):
+                if i + AHEAD < count:
+                    request(bank, rows, base, features, entry, i + AHEAD)
+                r, fx, fy, fz = rows[i], place[0, i], place[1, i], place[2, i]
+                dx, dy, dz = np.float32(0), np.float32(0), np.float32(0)
+                for corner in range(8):
+                    index = base + np.uintp(entry[corner, i]) * np.uintp(features)
+                    dot = np.float32(0)
+                    for f in range(features):
+                        dot += bank[r, index + np.uintp(f)] * grad_out[start + i, level * features + f]
+                    wx = fx if corner & 1 else one - fx
+                    wy = fy if corner & 2 else one - fy
+                    wz = fz if corner & 4 else one - fz
+                    dx += (dot if corner & 1 else -dot) * wy * wz
+                    dy += (dot if corner & 2 else -dot) * wx * wz
+                    dz += (dot if corner & 4 else -dot) * wx * wy
+                total[0, i] += dx * scale
+                total[1, i] += dy * scale
+                total[2, i] += dz * scale
+        for i in range(count):
+            for axis in range(3):
+                grad_positions[start + i, axis] = total[axis, i]

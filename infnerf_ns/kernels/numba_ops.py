@@ -204,7 +204,7 @@ class _PathSum(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad_out: Tensor):
-        (contracted, unit, path, coords), gradient = ctx.arrays, _flat(grad_out)
+        (contracted, unit, path, coords), gradient = ctx.arrays, _flat(grad_out)[:, None]
         returned = []
         with _numba_lock:
             for level, (bank, layout) in enumerate(zip(ctx.banks, ctx.layouts)):

@@ -15,12 +15,11 @@ import math
 import numba as nb
 import numpy as np
 
-from infnerf_ns.kernels.hash_numba import BLOCK_SHIFT, _weight
+from infnerf_ns.kernels.corners_numba import AHEAD, CHUNK, corner_entries, grid_of, request
+from infnerf_ns.kernels.hash_numba import interpolate, scatter, write
 
-_CHUNK = 512
 _SATURATED = 4.0
 """erf is 1 in float32 from here on"""
-_Y, _Z = np.uint32(2654435761), np.uint32(805459861)
 
 
 @nb.njit(inline="always")
@@ -55,37 +54,6 @@ def _local(unit, p, node, level, coords):
     return x, y, z
 
 
-@nb.njit(inline="always")
-def _cell(x, y, z, scale):
-    """Cell of local coordinates, and the place in the cell."""
-    gx, gy, gz = x * scale + np.float32(0.5), y * scale + np.float32(0.5), z * scale + np.float32(0.5)
-    cx, cy, cz = np.int32(gx), np.int32(gy), np.int32(gz)
-    place = gx - np.float32(cx), gy - np.float32(cy), gz - np.float32(cz)
-    return np.uint32(cx), np.uint32(cy), np.uint32(cz), place[0], place[1], place[2]
-
-
-@nb.njit(inline="always")
-def _entry(cx, cy, cz, corner, resolution, size, hashed):
-    """Entry of a cell's corner, as :func:`infnerf_ns.kernels.hash_numba._corner`, in unsigned numbers: numba checks
-    signed indices for being negative at every access, which costs more than the address."""
-    x = np.uint32(cx + np.uint32(corner & 1))
-    y = np.uint32(cy + np.uint32((corner >> 1) & 1))
-    z = np.uint32(cz + np.uint32((corner >> 2) & 1))
-    if hashed:
-        return np.uintp((x ^ np.uint32(y * _Y) ^ np.uint32(z * _Z)) & np.uint32(size - np.uint32(1)))
-    index = np.uint32(x + np.uint32(resolution * np.uint32(y + np.uint32(resolution * z))))
-    if index >= size:
-        index = np.uint32(index % size)
-    return np.uintp(index)
-
-
-@nb.njit(inline="always")
-def _grid(hash_level, features, scales, resolutions, sizes, offsets, hashed):
-    """A hash level's scale, resolution, number of entries, first element in a page, and whether it is hashed."""
-    resolution, size = np.uint32(resolutions[hash_level]), np.uint32(sizes[hash_level])
-    return scales[hash_level], resolution, size, np.uintp(offsets[hash_level] * features), hashed[hash_level]
-
-
 @nb.njit(parallel=True, cache=True, fastmath=True, error_model="numpy", boundscheck=False)
 def encode(
     unit, path, level, start, first, coords, bank, radii, cells, out, column, weights, weight_column,
@@ -102,47 +70,34 @@ def encode(
     """
     features = len(feature_axis)
     weighted = len(radii) > 0
-    count = len(unit) - start
-    for chunk in nb.prange((count + _CHUNK - 1) // _CHUNK):
-        begin = start + chunk * _CHUNK
-        number = min(_CHUNK, len(unit) - begin)
-        local = np.empty((_CHUNK, 4), np.float32)
-        row = np.empty(_CHUNK, np.uintp)
-        for i in range(number):
+    for chunk in nb.prange((len(unit) - start + CHUNK - 1) // CHUNK):
+        begin = start + chunk * CHUNK
+        count = min(CHUNK, len(unit) - begin)
+        local, place = np.empty((3, CHUNK), np.float32), np.empty((3, CHUNK), np.float32)
+        row, entry = np.empty(CHUNK, np.uintp), np.empty((8, CHUNK), np.uint32)
+        inverse = np.empty(CHUNK, np.float32)
+        for i in range(count):
             node = path[begin + i, level]
             row[i] = np.uintp(node - first)
-            local[i, 0], local[i, 1], local[i, 2] = _local(unit, begin + i, node, level, coords)
-            local[i, 3] = np.float32(1) / max(radii[begin + i], np.float32(1e-12)) if weighted else np.float32(0)
+            local[0, i], local[1, i], local[2, i] = _local(unit, begin + i, node, level, coords)
+            if weighted:
+                inverse[i] = np.float32(1) / max(radii[begin + i], np.float32(1e-12))
         for hash_level in range(len(scales)):
-            scale, resolution, size, base, is_hashed = _grid(
+            scale, resolution, size, base, is_hashed = grid_of(
                 hash_level, features, scales, resolutions, sizes, offsets, hashed
             )
-            first_column = column + hash_level * features
-            for i in range(number):
-                cx, cy, cz, fx, fy, fz = _cell(local[i, 0], local[i, 1], local[i, 2], scale)
-                r = row[i]
-                a0, a1, a2, a3 = np.float32(0), np.float32(0), np.float32(0), np.float32(0)
-                for corner in range(8):
-                    index = base + _entry(cx, cy, cz, corner, resolution, size, is_hashed) * np.uintp(features)
-                    w = _weight(fx, fy, fz, corner)
-                    a0 += w * bank[r, index]
-                    if features > 1:
-                        a1 += w * bank[r, index + np.uintp(1)]
-                    if features > 2:
-                        a2 += w * bank[r, index + np.uintp(2)]
-                        a3 += w * bank[r, index + np.uintp(3)]
+            corner_entries(local, count, scale, resolution, size, is_hashed, place, entry)
+            for i in range(count):
+                if i + AHEAD < count:
+                    request(bank, row, base, features, entry, i + AHEAD)
+                values = interpolate(bank, row, base, features, place, entry, i)
                 weight = np.float32(1)
                 if weighted:
-                    ratio = cells[hash_level] * local[i, 3]
+                    ratio = cells[hash_level] * inverse[i]
                     if ratio < _SATURATED:
                         weight = np.float32(math.erf(ratio))
                     weights[begin + i, weight_column + hash_level] = weight
-                out[begin + i, first_column] = weight * a0
-                if features > 1:
-                    out[begin + i, first_column + 1] = weight * a1
-                if features > 2:
-                    out[begin + i, first_column + 2] = weight * a2
-                    out[begin + i, first_column + 3] = weight * a3
+                write(out, begin + i, column + hash_level * features, features, values, weight)
 
 
 @nb.njit(parallel=True, cache=True, fastmath=True, error_model="numpy", boundscheck=False)
@@ -159,58 +114,63 @@ def encode_backward(
     for task in nb.prange(len(order) * parts):
         hash_level = order[task // parts]
         part = task % parts
-        scale, resolution, size, base, is_hashed = _grid(
+        scale, resolution, size, base, is_hashed = grid_of(
             hash_level, features, scales, resolutions, sizes, offsets, hashed
         )
         first_column = column + hash_level * features
-        for p in range(start, len(unit)):
-            node = path[p, level]
-            if parts > 1 and (node - first) % parts != part:
-                continue
-            live = False
-            for f in range(features):
-                live = live or grad_out[p, first_column + f] != 0
-            if not live:
-                continue
-            r = np.uintp(node - first)
-            x, y, z = _local(unit, p, node, level, coords)
-            cx, cy, cz, fx, fy, fz = _cell(x, y, z, scale)
-            weight = weights[p, weight_column + hash_level] if weighted else np.float32(1)
-            rows[r] = 1
-            for corner in range(8):
-                index = base + _entry(cx, cy, cz, corner, resolution, size, is_hashed) * np.uintp(features)
-                w = weight * _weight(fx, fy, fz, corner)
-                touched[r, index >> np.uintp(BLOCK_SHIFT)] = 1
-                for f in range(features):
-                    grad_bank[r, index + np.uintp(f)] += w * grad_out[p, first_column + f]
+        local, place = np.empty((3, CHUNK), np.float32), np.empty((3, CHUNK), np.float32)
+        row, entry = np.empty(CHUNK, np.uintp), np.empty((8, CHUNK), np.uint32)
+        sample = np.empty(CHUNK, np.int64)
+        for begin in range(start, len(unit), CHUNK):
+            count = 0
+            for p in range(begin, min(begin + CHUNK, len(unit))):
+                node = path[p, level]
+                live = parts == 1 or (node - first) % parts == part
+                if live:
+                    live = False
+                    for f in range(features):
+                        live = live or grad_out[p, first_column + f] != 0
+                if live:
+                    sample[count], row[count] = p, np.uintp(node - first)
+                    local[0, count], local[1, count], local[2, count] = _local(unit, p, node, level, coords)
+                    rows[node - first] = 1
+                    count += 1
+            corner_entries(local, count, scale, resolution, size, is_hashed, place, entry)
+            for i in range(count):
+                if i + AHEAD < count:
+                    request(grad_bank, row, base, features, entry, i + AHEAD)
+                p = sample[i]
+                weight = weights[p, weight_column + hash_level] if weighted else np.float32(1)
+                scatter(grad_bank, touched, row, base, features, place, entry, i, grad_out, p, first_column, weight)
 
 
 @nb.njit(parallel=True, cache=True, fastmath=True, error_model="numpy", boundscheck=False)
 def add_sum(unit, path, level, first, coords, bank, out, scales, resolutions, sizes, offsets, hashed):
     """Adds to out [M] the sum over the hash levels of each sample's node at this octree level; one feature each."""
-    count = len(unit)
-    for chunk in nb.prange((count + _CHUNK - 1) // _CHUNK):
-        begin = chunk * _CHUNK
-        local = np.empty((_CHUNK, 3), np.float32)
-        row = np.empty(_CHUNK, np.uintp)
-        sample = np.empty(_CHUNK, np.int64)
-        number = 0
-        for p in range(begin, min(begin + _CHUNK, count)):
+    for chunk in nb.prange((len(unit) + CHUNK - 1) // CHUNK):
+        begin = chunk * CHUNK
+        local, place = np.empty((3, CHUNK), np.float32), np.empty((3, CHUNK), np.float32)
+        row, entry = np.empty(CHUNK, np.uintp), np.empty((8, CHUNK), np.uint32)
+        sample = np.empty(CHUNK, np.int64)
+        total = np.zeros(CHUNK, np.float32)
+        count = 0
+        for p in range(begin, min(begin + CHUNK, len(unit))):
             node = path[p, level]
             if node >= 0:
-                sample[number], row[number] = p, np.uintp(node - first)
-                local[number, 0], local[number, 1], local[number, 2] = _local(unit, p, node, level, coords)
-                number += 1
+                sample[count], row[count] = p, np.uintp(node - first)
+                local[0, count], local[1, count], local[2, count] = _local(unit, p, node, level, coords)
+                count += 1
         for hash_level in range(len(scales)):
-            scale, resolution, size, base, is_hashed = _grid(hash_level, 1, scales, resolutions, sizes, offsets, hashed)
-            for i in range(number):
-                cx, cy, cz, fx, fy, fz = _cell(local[i, 0], local[i, 1], local[i, 2], scale)
-                r = row[i]
-                total = np.float32(0)
-                for corner in range(8):
-                    index = base + _entry(cx, cy, cz, corner, resolution, size, is_hashed)
-                    total += _weight(fx, fy, fz, corner) * bank[r, index]
-                out[sample[i]] += total
+            scale, resolution, size, base, is_hashed = grid_of(
+                hash_level, 1, scales, resolutions, sizes, offsets, hashed
+            )
+            corner_entries(local, count, scale, resolution, size, is_hashed, place, entry)
+            for i in range(count):
+                if i + AHEAD < count:
+                    request(bank, row, base, 1, entry, i + AHEAD)
+                total[i] += interpolate(bank, row, base, 1, place, entry, i)[0]
+        for i in range(count):
+            out[sample[i]] += total[i]
 
 
 @nb.njit(parallel=True, cache=True, fastmath=True, error_model="numpy", boundscheck=False)
@@ -218,20 +178,25 @@ def add_sum_backward(
     unit, path, level, first, coords, grad_out, grad_bank, touched, rows,
     scales, resolutions, sizes, offsets, hashed, order, parts,
 ):  # fmt: skip
-    """Gradient of :func:`add_sum` for the bank; tasks as in :func:`encode_backward`."""
+    """Gradient of :func:`add_sum` for the bank, from grad_out [M, 1]; tasks as in :func:`encode_backward`."""
     for task in nb.prange(len(order) * parts):
         hash_level = order[task // parts]
         part = task % parts
-        scale, resolution, size, base, is_hashed = _grid(hash_level, 1, scales, resolutions, sizes, offsets, hashed)
-        for p in range(len(unit)):
-            node = path[p, level]
-            if node < 0 or grad_out[p] == 0 or (parts > 1 and (node - first) % parts != part):
-                continue
-            r = np.uintp(node - first)
-            x, y, z = _local(unit, p, node, level, coords)
-            cx, cy, cz, fx, fy, fz = _cell(x, y, z, scale)
-            rows[r] = 1
-            for corner in range(8):
-                index = base + _entry(cx, cy, cz, corner, resolution, size, is_hashed)
-                touched[r, index >> np.uintp(BLOCK_SHIFT)] = 1
-                grad_bank[r, index] += _weight(fx, fy, fz, corner) * grad_out[p]
+        scale, resolution, size, base, is_hashed = grid_of(hash_level, 1, scales, resolutions, sizes, offsets, hashed)
+        local, place = np.empty((3, CHUNK), np.float32), np.empty((3, CHUNK), np.float32)
+        row, entry = np.empty(CHUNK, np.uintp), np.empty((8, CHUNK), np.uint32)
+        sample = np.empty(CHUNK, np.int64)
+        for begin in range(0, len(unit), CHUNK):
+            count = 0
+            for p in range(begin, min(begin + CHUNK, len(unit))):
+                node = path[p, level]
+                if node >= 0 and grad_out[p, 0] != 0 and (parts == 1 or (node - first) % parts == part):
+                    sample[count], row[count] = p, np.uintp(node - first)
+                    local[0, count], local[1, count], local[2, count] = _local(unit, p, node, level, coords)
+                    rows[node - first] = 1
+                    count += 1
+            corner_entries(local, count, scale, resolution, size, is_hashed, place, entry)
+            for i in range(count):
+                if i + AHEAD < count:
+                    request(grad_bank, row, base, 1, entry, i + AHEAD)
+                scatter(grad_bank, touched, row, base, 1, place, entry, i, grad_out, sample[i], 0, np.float32(1))
