@@ -12,14 +12,12 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Annotated
 
-import numba as nb
 import numpy as np
 import torch
 from nerfstudio.engine.optimizers import AdamOptimizerConfig
 from torch import Tensor
 
-from infnerf_ns.kernels import bank_gradient
-from infnerf_ns.kernels.hash_numba import BLOCK_SHIFT
+from infnerf_ns.kernels import adam_numba, bank_gradient
 from infnerf_ns.validation import Range
 
 
@@ -79,7 +77,7 @@ class NodeAdam(torch.optim.Optimizer):
                     continue
                 rows = np.flatnonzero(held.rows.numpy())
                 state["row_steps"][torch.from_numpy(rows)] += 1
-                _touched_step(
+                adam_numba.touched_step(
                     bank.detach().numpy(), held.grad.numpy(), held.touched.numpy(), rows, state["row_steps"].numpy(),
                     state["exp_avg"].numpy(), state["exp_avg_sq"].numpy(), group["lr"], *group["betas"], group["eps"],
                     group["warmup"],
@@ -96,7 +94,7 @@ class NodeAdam(torch.optim.Optimizer):
                     continue
                 rows = np.flatnonzero(held.rows.numpy())
                 if len(rows):
-                    _clear(held.grad.numpy(), held.touched.numpy(), rows)
+                    adam_numba.clear(held.grad.numpy(), held.touched.numpy(), rows)
                     held.rows.zero_()
 
 
@@ -113,43 +111,6 @@ def _dense_step(bank: Tensor, state: dict, group: dict) -> None:
     rate = (group["lr"] * (steps / max(group["warmup"], 1)).clamp(max=1) / (1 - beta1**steps)).float()
     root = (state["exp_avg_sq"] / (1 - beta2**steps).float()).sqrt() + group["eps"]
     bank.sub_(torch.where(touched, rate * state["exp_avg"] / root, torch.zeros_like(bank)))
-
-
-@nb.njit(parallel=True, cache=True, fastmath=True, error_model="numpy", boundscheck=False)
-def _touched_step(bank, grad, touched, rows, row_steps, exp_avg, exp_avg_sq, lr, beta1, beta2, eps, warmup):
-    page = bank.shape[1]
-    blocks = touched.shape[1]
-    shares = 8  # several shares per node, so that one node alone still keeps all threads busy
-    for task in nb.prange(len(rows) * shares):
-        r = rows[task // shares]
-        b1, b2, small = np.float32(beta1), np.float32(beta2), np.float32(eps)
-        rate = np.float32(lr * min(1.0, row_steps[r] / max(warmup, 1)) / (1 - beta1 ** row_steps[r]))
-        correction = np.float32(1 / np.sqrt(1 - beta2 ** row_steps[r]))
-        share = task % shares
-        for block in range(blocks * share // shares, blocks * (share + 1) // shares):
-            if touched[r, block] == 0:
-                continue
-            touched[r, block] = 0
-            for k in range(block << BLOCK_SHIFT, min((block + 1) << BLOCK_SHIFT, page)):
-                g = grad[r, k]
-                if g != 0:
-                    m = b1 * exp_avg[r, k] + (np.float32(1) - b1) * g
-                    v = b2 * exp_avg_sq[r, k] + (np.float32(1) - b2) * g * g
-                    exp_avg[r, k] = m
-                    exp_avg_sq[r, k] = v
-                    bank[r, k] -= rate * m / (np.sqrt(v) * correction + small)
-                    grad[r, k] = np.float32(0)
-
-
-@nb.njit(cache=True)
-def _clear(grad, touched, rows):
-    page = grad.shape[1]
-    for r in rows:
-        for block in range(touched.shape[1]):
-            if touched[r, block]:
-                touched[r, block] = 0
-                for k in range(block << BLOCK_SHIFT, min((block + 1) << BLOCK_SHIFT, page)):
-                    grad[r, k] = np.float32(0)
 
 
 @dataclass
