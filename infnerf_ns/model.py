@@ -32,6 +32,7 @@ from torch.nn import Parameter
 from infnerf_ns.errors import InputError
 from infnerf_ns.field import FieldConfig, OctreeField, in_place_gradients, octree_from_state
 from infnerf_ns.kernels import explain
+from infnerf_ns.kernels.rays import render_weights
 from infnerf_ns.losses import ray as ray_losses
 from infnerf_ns.losses import reconstruction
 from infnerf_ns.losses import tree as tree_losses
@@ -288,8 +289,9 @@ class InfNeRFModel(Model):
             self.camera_optimizer.apply_to_raybundle(ray_bundle)
         octree, blend = self.field.octree, self.config.blend_levels and not self.training
         samples, weights_list, samples_list = self.sampler(ray_bundle, self.field.proposal_density, self.step)
-        rays, per_ray = samples.frustums.starts.shape[:2]
-        positions, footprints = sample_geometry(samples, jitter=self.training and self.config.sampler.footprint_jitter)
+        rays, per_ray = samples.starts.shape[:2]
+        jitter = self.training and self.config.sampler.footprint_jitter
+        positions, footprints = sample_geometry(ray_bundle, samples, jitter=jitter)
         positions = positions.reshape(-1, 3)
         footprints = routing = None if footprints is None else footprints.reshape(-1)
         if blend and footprints is not None:
@@ -309,7 +311,7 @@ class InfNeRFModel(Model):
         density, geo = self.field.density(routed)
 
         sample_density = torch.zeros_like(positions[:, 0]).index_add(0, routed.order, share * density)
-        weights = samples.get_weights(sample_density.reshape(rays, per_ray, 1))
+        weights = render_weights(sample_density.reshape(rays, per_ray), samples.edges)[..., None]
         with torch.no_grad():
             visible = weights[..., 0] > self.config.color_weight_threshold
             visible[:, -1] |= weights.sum(dim=(1, 2)) < 1 - self.config.color_weight_threshold

@@ -10,16 +10,16 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Annotated
+from typing import Annotated, NamedTuple
 
 import numpy as np
 import torch
 from jaxtyping import Float, Int
-from nerfstudio.cameras.rays import RayBundle, RaySamples
-from nerfstudio.model_components.ray_samplers import PDFSampler, SpacedSampler
+from nerfstudio.cameras.rays import RayBundle
 from torch import Tensor, nn
 
 from infnerf_ns.footprint import cone_radius
+from infnerf_ns.kernels import rays as ray_kernels
 from infnerf_ns.validation import Range
 
 ORTHOGRAPHIC_FOOTPRINT = "orthographic_footprint"
@@ -57,6 +57,40 @@ class SamplerConfig:
     samples."""
 
 
+class Intervals(NamedTuple):
+    """Intervals along R rays; nerfstudio's losses and renderers read them like its RaySamples."""
+
+    bins: Float[Tensor, "R S1"]
+    """edges, 0 at the near and 1 at the far plane, linear in the spacing"""
+    edges: Float[Tensor, "R S1"]
+    """edges as distances, scene units"""
+
+    @property
+    def frustums(self) -> Intervals:
+        """Where nerfstudio looks for ``starts`` and ``ends``."""
+        return self
+
+    @property
+    def starts(self) -> Float[Tensor, "R S 1"]:
+        """Distances at which the intervals start."""
+        return self.edges[:, :-1, None]
+
+    @property
+    def ends(self) -> Float[Tensor, "R S 1"]:
+        """Distances at which the intervals end."""
+        return self.edges[:, 1:, None]
+
+    @property
+    def spacing_starts(self) -> Float[Tensor, "R S 1"]:
+        """Normalised starts."""
+        return self.bins[:, :-1, None]
+
+    @property
+    def spacing_ends(self) -> Float[Tensor, "R S 1"]:
+        """Normalised ends."""
+        return self.bins[:, 1:, None]
+
+
 class LoDSampler(nn.Module):
     """Samples along rays by per-node proposals.
 
@@ -71,8 +105,6 @@ class LoDSampler(nn.Module):
         self.config = config
         # A buffer: a loaded checkpoint must be rendered with the range that it was trained with.
         self.register_buffer("range", torch.tensor([near, max(bend, 2 * near)], dtype=torch.float64))
-        self.initial = SpacedSampler(self._spacing, self._spacing_inverse, train_stratified=True, single_jitter=True)
-        self.pdf = PDFSampler(include_original=False, single_jitter=True)
 
     @property
     def near(self) -> float:
@@ -84,14 +116,14 @@ class LoDSampler(nn.Module):
         """Distance at which the spacing changes from logarithm to disparity, scene units."""
         return float(self.range[1])
 
-    # Equal steps of log t are equal steps of footprint, what a level-of-detail tree wants; beyond the scene disparity,
-    # so that the background does not take half of the samples. Value and slope agree at the bend.
-    def _spacing(self, t: Tensor) -> Tensor:
+    def spacing(self, t: Float[Tensor, "*bs"]) -> Float[Tensor, "*bs"]:
+        """Spacing of distances (scene units), the inverse of :func:`infnerf_ns.kernels.rays.distances`.
+
+        Equal steps of log t are equal steps of footprint, what a level-of-detail tree wants; beyond the scene
+        disparity, so that the background does not take half of the samples. Value and slope agree at the bend.
+        """
         ratio = t / self.bend
         return torch.where(ratio < 1, torch.log(ratio.clamp(min=1e-9)), 1 - 1 / ratio.clamp(min=1))
-
-    def _spacing_inverse(self, s: Tensor) -> Tensor:
-        return self.bend * torch.where(s < 0, torch.exp(s.clamp(max=0)), 1 / (1 - s.clamp(min=0)).clamp(min=1e-9))
 
     def anneal(self, step: int) -> float:
         """Exponent of the proposal weights (mip-NeRF 360, section C)."""
@@ -106,7 +138,7 @@ class LoDSampler(nn.Module):
 
     def forward(
         self, rays: RayBundle, density_fn: DensityFn, step: int
-    ) -> tuple[RaySamples, list[Float[Tensor, "R S 1"]], list[RaySamples]]:
+    ) -> tuple[Intervals, list[Float[Tensor, "R S 1"]], list[Intervals]]:
         """Samples for the field, and weights and samples of every proposal round.
 
         Args:
@@ -114,6 +146,27 @@ class LoDSampler(nn.Module):
             density_fn: density of the proposals per scene unit.
             step: of the training, for the schedules; of no effect in evaluation.
         """
+        self._set_planes(rays)
+        s_near, s_far = self.spacing(rays.nears)[:, 0], self.spacing(rays.fars)[:, 0]
+        trains = self.training and self.updates_proposals(step)
+        anneal = self.anneal(step) if self.training else 1.0
+        weights_list, samples_list = [], []
+        for count in self.config.proposal_samples:
+            if not samples_list:
+                bins = self._spread(rays, count)
+                samples = Intervals(bins, ray_kernels.distances(bins, s_near, s_far, self.bend))
+            else:
+                samples = self._resample(samples_list[-1], weights_list[-1], anneal, count, s_near, s_far)
+            with torch.set_grad_enabled(trains):
+                positions, footprints = sample_geometry(rays, samples, of_interval=True)
+                density = density_fn(positions.reshape(-1, 3), None if footprints is None else footprints.reshape(-1))
+                weights = ray_kernels.render_weights(density.reshape(positions.shape[:2]), samples.edges)[..., None]
+            weights_list.append(weights)
+            samples_list.append(samples)
+        samples = self._resample(samples_list[-1], weights_list[-1], anneal, self.config.samples, s_near, s_far)
+        return samples, weights_list, samples_list
+
+    def _set_planes(self, rays: RayBundle) -> None:
         if rays.nears is None:
             rays.nears = torch.full_like(rays.origins[:, :1], self.near)
         if rays.fars is None:
@@ -123,32 +176,35 @@ class LoDSampler(nn.Module):
         else:  # a crop box of the viewer or of a camera path has set them
             rays.nears = rays.nears.clamp(min=self.near)
             rays.fars = torch.maximum(rays.fars, rays.nears)
-        trains = self.training and self.updates_proposals(step)
-        anneal = self.anneal(step) if self.training else 1.0
-        weights_list, samples_list = [], []
-        samples, weights = None, None
-        for count in self.config.proposal_samples:
-            if samples is None:
-                samples = self.initial(rays, num_samples=count)
-            else:
-                samples = self.pdf(rays, samples, weights.detach() ** anneal, num_samples=count)
-            with torch.set_grad_enabled(trains):
-                positions, footprints = sample_geometry(samples, of_interval=True)
-                density = density_fn(positions.reshape(-1, 3), None if footprints is None else footprints.reshape(-1))
-                weights = samples.get_weights(density.reshape(*positions.shape[:-1], 1))
-            weights_list.append(weights)
-            samples_list.append(samples)
-        samples = self.pdf(rays, samples, weights.detach() ** anneal, num_samples=self.config.samples)
-        return samples, weights_list, samples_list
+
+    def _spread(self, rays: RayBundle, count: int) -> Float[Tensor, "R S1"]:
+        """Equal intervals; in training each ray moves all of its edges by a random share of an interval."""
+        device = rays.origins.device
+        bins = torch.linspace(0, 1, count + 1, device=device).expand(len(rays), -1)
+        if not self.training:
+            return bins
+        middles = (bins[:, 1:] + bins[:, :-1]) / 2
+        low, high = torch.cat([bins[:, :1], middles], 1), torch.cat([middles, bins[:, -1:]], 1)
+        return torch.lerp(low, high, torch.rand(len(rays), 1, device=device))
+
+    def _resample(
+        self, samples: Intervals, weights: Tensor, anneal: float, count: int, s_near: Tensor, s_far: Tensor
+    ) -> Intervals:
+        """Intervals of equal weight; in training each ray moves its edges by a random share of one."""
+        offset = torch.rand_like(s_near) if self.training else torch.full_like(s_near, 0.5)
+        return Intervals(
+            *ray_kernels.resample(samples.bins, weights[..., 0], anneal, count, offset, s_near, s_far, self.bend)
+        )
 
 
 def sample_geometry(
-    samples: RaySamples, *, of_interval: bool = False, jitter: bool = False
+    rays: RayBundle, samples: Intervals, *, of_interval: bool = False, jitter: bool = False
 ) -> tuple[Float[Tensor, "R S 3"], Float[Tensor, "R S"] | None]:
     """Positions and footprints of ray samples.
 
     Args:
-        samples: samples along rays.
+        rays: R rays.
+        samples: intervals along them.
         of_interval: the footprint is at least half the interval's length (proposal rounds).
         jitter: perturb the footprint by 2**(u - 1/2), one u per ray sample.
 
@@ -158,16 +214,18 @@ def sample_geometry(
         Parallel rays (orthographic cameras, ``pixel_area == 0``) have the radius ``ORTHOGRAPHIC_FOOTPRINT`` of their
         metadata everywhere.
     """
-    frustums = samples.frustums
-    middle = (frustums.starts + frustums.ends) / 2
-    positions = frustums.origins + frustums.directions * middle
-    area = frustums.pixel_area[..., 0]
+    area = rays.pixel_area[:, 0]
+    constant = (rays.metadata or {}).get(ORTHOGRAPHIC_FOOTPRINT)
+    positions, radii = ray_kernels.cone_samples(
+        rays.origins,
+        rays.directions,
+        samples.edges,
+        cone_radius(torch.ones_like(area), area),
+        None if constant is None else constant[:, 0],
+        of_interval,
+    )
     if bool((area[:1] == 1).all()) and bool((area == 1).all()):
         return positions, None
-    constant = (samples.metadata or {}).get(ORTHOGRAPHIC_FOOTPRINT)
-    radii = cone_radius(middle[..., 0], area) if constant is None else constant[..., 0].expand_as(area).clone()
-    if of_interval:
-        radii = torch.maximum(radii, (frustums.ends - frustums.starts)[..., 0] / 2)
     if jitter:
         radii = radii * 2 ** (torch.rand_like(radii) - 0.5)
     return positions, radii

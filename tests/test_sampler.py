@@ -8,11 +8,13 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from nerfstudio.cameras.rays import RayBundle, RaySamples
+from nerfstudio.cameras.rays import RayBundle
 from torch import Tensor
 
+from infnerf_ns.kernels.rays import distances
 from infnerf_ns.sampler import (
     ORTHOGRAPHIC_FOOTPRINT,
+    Intervals,
     LoDSampler,
     SamplerConfig,
     random_coarsening,
@@ -38,23 +40,23 @@ def _fog(positions: Tensor, footprints: Tensor | None) -> Tensor:
     return 0.3 * torch.ones_like(positions[:, 0])
 
 
-def _middles(samples: RaySamples) -> Tensor:
-    return ((samples.frustums.starts + samples.frustums.ends) / 2)[..., 0]
+def _middles(samples: Intervals) -> Tensor:
+    return ((samples.starts + samples.ends) / 2)[..., 0]
 
 
 @pytest.mark.parametrize("training", [True, False])
 def test_samples_are_ordered_and_between_the_planes(training: bool) -> None:
     sampler = _sampler(proposal_samples=(40, 20), samples=12).train(training)
     samples, weights_list, samples_list = sampler(_rays(), _fog, step=250)
-    assert [len(rays.frustums.starts[0]) for rays in (*samples_list, samples)] == [40, 20, 12]
+    assert [len(rays.starts[0]) for rays in (*samples_list, samples)] == [40, 20, 12]
     assert [tuple(weights.shape) for weights in weights_list] == [(5, 40, 1), (5, 20, 1)]
     for rays in (*samples_list, samples):
-        starts, ends = rays.frustums.starts[..., 0], rays.frustums.ends[..., 0]
+        starts, ends = rays.starts[..., 0], rays.ends[..., 0]
         assert bool((starts < ends).all()) and torch.equal(starts[:, 1:], ends[:, :-1])
         # Disparity leaves float32 five digits at a far plane of 100 cubes.
         assert starts.min() >= NEAR * (1 - 1e-5) and ends.max() <= FAR * (1 + 1e-4)
     if not training:
-        first = samples_list[0].frustums
+        first = samples_list[0]
         assert first.starts[:, 0].sub(NEAR).abs().max() < 1e-5 and first.ends[:, -1].sub(FAR).abs().max() < 0.1
 
 
@@ -64,7 +66,7 @@ def test_a_crop_box_narrows_the_planes() -> None:
     rays.nears, rays.fars = torch.tensor([[1.0], [0.0], [1e10]]), torch.tensor([[4.0], [2.0], [1e10]])
     samples, weights_list, samples_list = _sampler().eval()(rays, _fog, step=0)
     for planes in (*samples_list, samples):
-        starts, ends = planes.frustums.starts[..., 0], planes.frustums.ends[..., 0]
+        starts, ends = planes.starts[..., 0], planes.ends[..., 0]
         assert starts[0].min() >= 1 - 1e-5 and ends[0].max() <= 4 + 1e-4
         assert starts[1].min() >= NEAR - 1e-5 and ends[1].max() <= 2 + 1e-4
         assert bool(torch.isfinite(starts).all()) and bool((starts <= ends).all())
@@ -93,21 +95,24 @@ def test_evaluation_is_deterministic_and_training_is_not() -> None:
 @given(st.floats(math.log(NEAR), math.log(FAR)), st.floats(0.01, 1000.0))
 @settings(max_examples=60)
 def test_spacing_and_inverse(log_distance: float, bend: float) -> None:
-    first = LoDSampler(SamplerConfig(), NEAR, bend).initial
     t = torch.tensor([math.exp(log_distance)], dtype=torch.float64)
-    assert first.spacing_fn_inv(first.spacing_fn(t)).item() == pytest.approx(t.item(), rel=1e-9)
+    sampler = LoDSampler(SamplerConfig(), NEAR, bend)
+    s = sampler.spacing(t)
+    for bins, s_near, s_far in ((0.0, s, s + 1), (1.0, s - 1, s), (0.5, s - 0.25, s + 0.25)):
+        there = distances(torch.tensor([[bins]], dtype=torch.float64), s_near, s_far, sampler.bend)
+        assert there.item() == pytest.approx(t.item(), rel=1e-9)
 
 
 def test_spacing_is_monotone_and_smooth_at_the_bend() -> None:
-    first = _sampler().initial
+    sampler = _sampler()
     t = torch.logspace(math.log10(NEAR), math.log10(FAR), 5000, dtype=torch.float64)
-    assert bool((first.spacing_fn(t).diff() > 0).all())
+    assert bool((sampler.spacing(t).diff() > 0).all())
     sides = torch.tensor([BEND * (1 - 1e-7), BEND * (1 + 1e-7)], dtype=torch.float64, requires_grad=True)
-    spaced = first.spacing_fn(sides)
+    spaced = sampler.spacing(sides)
     (slope,) = torch.autograd.grad(spaced.sum(), sides)
     assert spaced.abs().max() < 1.1e-7, "zero at the bend"
     assert torch.allclose(slope, torch.full_like(slope, 1 / BEND), rtol=1e-6)
-    ratio = first.spacing_fn(torch.tensor([0.2, 0.4, 0.8, 1.6])).diff()
+    ratio = sampler.spacing(torch.tensor([0.2, 0.4, 0.8, 1.6])).diff()
     assert torch.allclose(ratio, torch.full((3,), math.log(2))), "octaves of distance are equally long before the bend"
 
 
@@ -156,20 +161,20 @@ def test_proposals_are_trained_on_schedule() -> None:
     for training, step, trains in ((True, 3, True), (True, 12, True), (True, 13, False), (False, 3, False)):
         samples, weights_list, _ = sampler.train(training)(_rays(), density, step)
         assert [weights.requires_grad for weights in weights_list] == [trains, trains]
-        assert not samples.frustums.starts.requires_grad, "positions never carry a gradient to the proposals"
+        assert not samples.starts.requires_grad, "positions never carry a gradient to the proposals"
 
 
 def test_weights_of_a_round_are_the_volume_rendering_weights() -> None:
     sampler = _sampler(proposal_samples=(16,)).eval()
     _, (weights,), (samples,) = sampler(_rays(), _fog, step=0)
-    alpha = 1 - torch.exp(-0.3 * (samples.frustums.ends - samples.frustums.starts))
-    assert torch.allclose(weights, alpha * torch.exp(-0.3 * (samples.frustums.starts - NEAR)), atol=1e-5)
+    alpha = 1 - torch.exp(-0.3 * (samples.ends - samples.starts))
+    assert torch.allclose(weights, alpha * torch.exp(-0.3 * (samples.starts - NEAR)), atol=1e-5)
 
 
 # -- footprints --------------------------------------------------------------------------------------------------------
 
 
-def _asked_footprints(rays: RayBundle) -> tuple[list[Tensor | None], list[RaySamples], RaySamples]:
+def _asked_footprints(rays: RayBundle) -> tuple[list[Tensor | None], list[Intervals], Intervals]:
     asked = []
 
     def density(positions, footprints):
@@ -181,22 +186,23 @@ def _asked_footprints(rays: RayBundle) -> tuple[list[Tensor | None], list[RaySam
 
 
 def test_a_round_asks_for_the_interval_that_it_represents() -> None:
-    asked, samples_list, samples = _asked_footprints(_rays())
-    for footprints, rays in zip(asked, samples_list):
-        cone = _middles(rays) * math.sqrt(PIXEL / math.pi)
-        half = (rays.frustums.ends - rays.frustums.starts)[..., 0] / 2
-        assert torch.allclose(footprints.reshape(cone.shape), torch.maximum(cone, half))
-    positions, footprints = sample_geometry(samples)
-    assert torch.allclose(footprints, _middles(samples) * math.sqrt(PIXEL / math.pi)), "for the field: the cone alone"
     rays = _rays()
+    asked, samples_list, samples = _asked_footprints(rays)
+    for footprints, intervals in zip(asked, samples_list):
+        cone = _middles(intervals) * math.sqrt(PIXEL / math.pi)
+        half = (intervals.ends - intervals.starts)[..., 0] / 2
+        assert torch.allclose(footprints.reshape(cone.shape), torch.maximum(cone, half))
+    positions, footprints = sample_geometry(rays, samples)
+    assert torch.allclose(footprints, _middles(samples) * math.sqrt(PIXEL / math.pi)), "for the field: the cone alone"
     expected = rays.origins[:, None] + rays.directions[:, None] * _middles(samples)[..., None]
     assert torch.allclose(positions, expected, rtol=1e-6)
-    assert sample_geometry(samples, of_interval=True)[1].min() >= footprints.min()
+    assert sample_geometry(rays, samples, of_interval=True)[1].min() >= footprints.min()
 
 
 def test_placeholder_pixels_have_no_footprint() -> None:
-    asked, _, samples = _asked_footprints(_rays(pixel_area=1.0))
-    assert asked == [None, None] and sample_geometry(samples)[1] is None
+    rays = _rays(pixel_area=1.0)
+    asked, _, samples = _asked_footprints(rays)
+    assert asked == [None, None] and sample_geometry(rays, samples)[1] is None
     mixed = _rays()
     mixed.pixel_area[0] = 1.0
     assert _asked_footprints(mixed)[0][0] is not None, "one real pixel of one steradian is no placeholder"
@@ -206,15 +212,16 @@ def test_parallel_rays_have_one_footprint() -> None:
     rays = _rays(pixel_area=0.0)
     rays.metadata = {ORTHOGRAPHIC_FOOTPRINT: torch.full((5, 1), 0.02)}
     asked, samples_list, samples = _asked_footprints(rays)
-    half = (samples_list[0].frustums.ends - samples_list[0].frustums.starts)[..., 0] / 2
+    half = (samples_list[0].ends - samples_list[0].starts)[..., 0] / 2
     assert torch.allclose(asked[0].reshape(half.shape), half.clamp(min=0.02))
-    footprints = sample_geometry(samples)[1]
+    footprints = sample_geometry(rays, samples)[1]
     assert footprints.shape == (5, 8) and bool((footprints == 0.02).all())
 
 
 def test_jitter_stays_within_half_a_level() -> None:
-    samples = _asked_footprints(_rays(200))[2]
-    plain, jittered = (sample_geometry(samples, jitter=jitter)[1] for jitter in (False, True))
+    rays = _rays(200)
+    samples = _asked_footprints(rays)[2]
+    plain, jittered = (sample_geometry(rays, samples, jitter=jitter)[1] for jitter in (False, True))
     shift = torch.log2(jittered / plain)
     assert -0.5 - 1e-5 < shift.min() < -0.45 and 0.45 < shift.max() < 0.5 + 1e-5
     assert abs(shift.mean().item()) < 0.03

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import threading
 from functools import cache
 from typing import NamedTuple
 
@@ -16,13 +15,7 @@ from infnerf_ns.kernels.batches import Groups, TreePaths
 from infnerf_ns.kernels.contracts import mlp_page_size
 from infnerf_ns.kernels.gradients import bank_gradient
 from infnerf_ns.kernels.layout import HashLayout
-
-numba.config.THREADING_LAYER_PRIORITY = ["omp", "tbb", "workqueue"]
-"""numba asks for TBB first and warns of an old one that it then leaves alone; it was measured with OpenMP."""
-
-_numba_lock = threading.Lock()
-"""numba's built-in thread pool must not be entered by two threads at once, and the viewer renders from a thread of its
-own."""
+from infnerf_ns.kernels.numba_lock import flat, numba_lock
 
 
 def hash_encode(positions: Tensor, row: Tensor, bank: Tensor, layout: HashLayout) -> Tensor:
@@ -32,9 +25,9 @@ def hash_encode(positions: Tensor, row: Tensor, bank: Tensor, layout: HashLayout
 
 def route(unit: Tensor, footprints: Tensor | None, children: Tensor, gsd: list[float], path: Tensor) -> Tensor:
     """See :func:`infnerf_ns.kernels.route`."""
-    radii = np.empty(0, np.float32) if footprints is None else _flat(footprints.float())
-    with _numba_lock:
-        route_numba.route(_flat(unit), radii, _flat(children), np.array(gsd), path.numpy())
+    radii = np.empty(0, np.float32) if footprints is None else flat(footprints.float())
+    with numba_lock:
+        route_numba.route(flat(unit), radii, flat(children), np.array(gsd), path.numpy())
     return path
 
 
@@ -73,17 +66,13 @@ def _balanced_order(num_levels: int) -> np.ndarray:
     return np.array(order[:num_levels], dtype=np.int64)
 
 
-def _flat(tensor: Tensor) -> np.ndarray:
-    return tensor.detach().contiguous().numpy()
-
-
 class _HashEncode(torch.autograd.Function):
     @staticmethod
     def forward(ctx, positions: Tensor, row: Tensor, bank: Tensor, layout: HashLayout) -> Tensor:
         out = torch.empty(len(positions), layout.num_outputs)
-        with _numba_lock:
+        with numba_lock:
             hash_numba.forward(
-                _flat(positions), _flat(row), _flat(bank), out.numpy(), *_layout_arrays(layout), (0,) * layout.features
+                flat(positions), flat(row), flat(bank), out.numpy(), *_layout_arrays(layout), (0,) * layout.features
             )
         ctx.save_for_backward(positions, row)
         ctx.bank, ctx.layout = bank, layout
@@ -94,9 +83,9 @@ class _HashEncode(torch.autograd.Function):
         positions, row = ctx.saved_tensors
         bank, layout = ctx.bank, ctx.layout
         arrays, axis = _layout_arrays(layout), (0,) * layout.features
-        p, r, g = _flat(positions), _flat(row), _flat(grad_out)
+        p, r, g = flat(positions), flat(row), flat(grad_out)
         grad_bank = grad_positions = None
-        with _numba_lock:
+        with numba_lock:
             if ctx.needs_input_grad[2]:
                 target = _target(bank)
                 grad_bank = target.returned
@@ -105,7 +94,7 @@ class _HashEncode(torch.autograd.Function):
                 hash_numba.backward_bank(p, r, g, target.grad, target.touched, *arrays, order, axis)
             if ctx.needs_input_grad[0]:
                 grad_positions = torch.empty_like(positions)
-                hash_numba.backward_positions(p, r, _flat(bank), g, grad_positions.numpy(), *arrays, axis)
+                hash_numba.backward_positions(p, r, flat(bank), g, grad_positions.numpy(), *arrays, axis)
         return grad_positions, None, grad_bank, None
 
 
@@ -142,20 +131,20 @@ def _contracted(unit: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 class _PathFeatures(torch.autograd.Function):
     @staticmethod
     def forward(ctx, paths, starts, footprints, cells, layouts, width, *banks) -> Tensor:
-        unit, path, coords = _flat(paths.unit), _flat(paths.path), _flat(paths.coords)
+        unit, path, coords = flat(paths.unit), flat(paths.path), flat(paths.coords)
         count = len(unit)
         out = torch.zeros(count, width)
-        radii = np.empty(0, np.float32) if footprints is None else _flat(footprints.float())
+        radii = np.empty(0, np.float32) if footprints is None else flat(footprints.float())
         hash_levels = sum(layout.num_levels for layout in layouts)
         weights = np.empty((0, 0) if footprints is None else (count, hash_levels), np.float32)
         column = weight_column = 0
-        with _numba_lock:
+        with numba_lock:
             contracted, shrink = _contracted(unit)
             for level, (bank, layout) in enumerate(zip(banks, layouts)):
                 if starts[level] < count:
                     places, sizes = (unit, radii) if level else (contracted, shrink * radii if len(radii) else radii)
                     tree_numba.encode(
-                        places, path, level, starts[level], paths.first[level], coords, _flat(bank), sizes,
+                        places, path, level, starts[level], paths.first[level], coords, flat(bank), sizes,
                         cells[level], out.numpy(), column, weights, weight_column, *_layout_arrays(layout),
                         (0,) * layout.features,
                     )  # fmt: skip
@@ -167,10 +156,10 @@ class _PathFeatures(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad_out: Tensor):
-        (contracted, unit, path, coords), gradient = ctx.arrays, _flat(grad_out)
+        (contracted, unit, path, coords), gradient = ctx.arrays, flat(grad_out)
         returned = []
         column = weight_column = 0
-        with _numba_lock:
+        with numba_lock:
             for level, (bank, layout) in enumerate(zip(ctx.banks, ctx.layouts)):
                 target = None
                 if ctx.needs_input_grad[6 + level] and ctx.starts[level] < len(unit):
@@ -190,23 +179,21 @@ class _PathFeatures(torch.autograd.Function):
 class _PathSum(torch.autograd.Function):
     @staticmethod
     def forward(ctx, paths, layouts, *banks) -> Tensor:
-        unit, path, coords = _flat(paths.unit), _flat(paths.path), _flat(paths.coords)
+        unit, path, coords = flat(paths.unit), flat(paths.path), flat(paths.coords)
         out = torch.zeros(len(unit))
-        with _numba_lock:
+        with numba_lock:
             contracted, _ = _contracted(unit)
             for level, (bank, layout) in enumerate(zip(banks, layouts)):
                 places, first = unit if level else contracted, paths.first[level]
-                tree_numba.add_sum(
-                    places, path, level, first, coords, _flat(bank), out.numpy(), *_layout_arrays(layout)
-                )
+                tree_numba.add_sum(places, path, level, first, coords, flat(bank), out.numpy(), *_layout_arrays(layout))
         ctx.arrays, ctx.paths, ctx.layouts, ctx.banks = (contracted, unit, path, coords), paths, layouts, banks
         return out
 
     @staticmethod
     def backward(ctx, grad_out: Tensor):
-        (contracted, unit, path, coords), gradient = ctx.arrays, _flat(grad_out)[:, None]
+        (contracted, unit, path, coords), gradient = ctx.arrays, flat(grad_out)[:, None]
         returned = []
-        with _numba_lock:
+        with numba_lock:
             for level, (bank, layout) in enumerate(zip(ctx.banks, ctx.layouts)):
                 target = _target(bank) if ctx.needs_input_grad[2 + level] else None
                 if target is not None:
@@ -231,7 +218,7 @@ class _LevelOfGroups(NamedTuple):
 
 
 def _levels_of(groups: Groups) -> list[_LevelOfGroups]:
-    starts, level, rows, used = (_flat(part) for part in groups)
+    starts, level, rows, used = (flat(part) for part in groups)
     edges = np.flatnonzero(np.diff(level)) + 1
     levels = []
     for first, last in zip([0, *edges], [*edges, len(level)]):
@@ -247,11 +234,11 @@ class _GroupedMLP(torch.autograd.Function):
     @staticmethod
     def forward(ctx, inputs, groups, offset, widths, *banks) -> Tensor:
         out = torch.empty(len(inputs), widths[-1])
-        levels, data, target = _levels_of(groups), _flat(inputs), out.numpy()
-        with _numba_lock:
+        levels, data, target = _levels_of(groups), flat(inputs), out.numpy()
+        with numba_lock:
             for each in levels:
                 mlp_numba.forward(
-                    data[each.samples], *each.tiles, each.rows, _flat(banks[each.level]), offset, np.array(widths),
+                    data[each.samples], *each.tiles, each.rows, flat(banks[each.level]), offset, np.array(widths),
                     each.used, target[each.samples], numba.get_num_threads(),
                 )  # fmt: skip
         ctx.save_for_backward(inputs)
@@ -266,7 +253,7 @@ class _GroupedMLP(torch.autograd.Function):
         returned: list[Tensor | None] = [None] * len(ctx.banks)
         for each in ctx.levels:
             weights = _mlp_gradient(
-                ctx, each, _flat(inputs)[each.samples], _flat(grad_out)[each.samples],
+                ctx, each, flat(inputs)[each.samples], flat(grad_out)[each.samples],
                 grad_inputs.numpy()[each.samples], want_inputs,
             )  # fmt: skip
             if ctx.needs_input_grad[4 + each.level]:
@@ -282,9 +269,9 @@ def _mlp_gradient(
     grad_groups = np.zeros((len(each.rows), size), np.float32)
     edge_groups = np.full((threads, 2), -1, np.int64)
     edges = np.zeros((threads, 2, size), np.float32)
-    with _numba_lock:
+    with numba_lock:
         mlp_numba.backward(
-            inputs, *each.tiles, each.rows, _flat(ctx.banks[each.level]), ctx.offset, np.array(ctx.widths), each.used,
+            inputs, *each.tiles, each.rows, flat(ctx.banks[each.level]), ctx.offset, np.array(ctx.widths), each.used,
             grad_out, grad_inputs, grad_groups, edge_groups, edges, threads, want_inputs,
         )  # fmt: skip
     for thread in range(threads):

@@ -1,0 +1,21 @@
+"""What every call of a numba kernel needs: the lock, and tensors as arrays."""
+
+from __future__ import annotations
+
+import threading
+
+import numba
+import numpy as np
+from torch import Tensor
+
+numba.config.THREADING_LAYER_PRIORITY = ["omp", "tbb", "workqueue"]
+"""numba asks for TBB first and warns of an old one that it then leaves alone; it was measured with OpenMP."""
+
+numba_lock = threading.Lock()
+"""numba's built-in thread pool must not be entered by two threads at once, and the viewer renders from a thread of its
+own."""
+
+
+def flat(tensor: Tensor) -> np.ndarray:
+    """A tensor's values as a contiguous array, without its gradient."""
+    return tensor.detach().contiguous().numpy()
