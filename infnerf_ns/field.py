@@ -32,6 +32,7 @@ from infnerf_ns.kernels import (
     hash_encode,
     path_features,
     path_sum,
+    shading,
 )
 from infnerf_ns.octree import Octree, RootCube
 from infnerf_ns.pages import PageLayout
@@ -322,19 +323,15 @@ class OctreeField(nn.Module):
         slices = self._slices(routed.node)
         features = self._features(routed, slices, frozen)
         hidden = self._decode(features, routed.node, 0, self.density_widths, frozen)
-        density = trunc_exp(hidden[:, 0] - 1.0) * (2.0 / self.octree.cube.side)
-        # The sigmoid bounds what the colour decoder sees (official code: prevents NaN after long training).
-        return density, torch.sigmoid(hidden[:, 1:])
+        return shading.activate(hidden, 2.0 / self.octree.cube.side)
 
-    def color(
-        self,
-        node: Int[Tensor, "S"],
-        geo: Float[Tensor, "S geo"],
-        direction_code: Float[Tensor, "S 16"],
-        appearance: Float[Tensor, "S app"] | None,
-    ) -> Float[Tensor, "S 3"]:
-        """Colour in 0..1 of samples sorted by node."""
-        inputs = torch.cat([geo, direction_code] + ([appearance] if appearance is not None else []), dim=1)
+    def color(self, node: Int[Tensor, "S"], inputs: Float[Tensor, "S GCA"]) -> Float[Tensor, "S 3"]:
+        """Colour in 0..1 of samples sorted by node.
+
+        Args:
+            node: of the samples.
+            inputs: geometry features, direction code [16] and appearance code side by side.
+        """
         return torch.sigmoid(self._decode(inputs, node, self.pages.color_offset, self.color_widths, False))
 
     def normals(self, positions: Float[Tensor, "M 3"], footprints: Float[Tensor, "M"] | None) -> Float[Tensor, "M 3"]:

@@ -31,7 +31,7 @@ from torch.nn import Parameter
 
 from infnerf_ns.errors import InputError
 from infnerf_ns.field import FieldConfig, OctreeField, in_place_gradients, octree_from_state
-from infnerf_ns.kernels import explain
+from infnerf_ns.kernels import explain, shading
 from infnerf_ns.kernels.rays import render_weights
 from infnerf_ns.losses import ray as ray_losses
 from infnerf_ns.losses import reconstruction
@@ -312,20 +312,13 @@ class InfNeRFModel(Model):
 
         sample_density = torch.zeros_like(positions[:, 0]).index_add(0, routed.order, share * density)
         weights = render_weights(sample_density.reshape(rays, per_ray), samples.edges)[..., None]
-        with torch.no_grad():
-            visible = weights[..., 0] > self.config.color_weight_threshold
-            visible[:, -1] |= weights.sum(dim=(1, 2)) < 1 - self.config.color_weight_threshold
-            kept = torch.nonzero(visible.reshape(-1)[routed.order])[:, 0]
+        kept = shading.visible(weights[..., 0], routed.order, self.config.color_weight_threshold)
         direction_code = components_from_spherical_harmonics(levels=4, directions=ray_bundle.directions)
-        appearance = self._appearance(ray_bundle)
-        ray_of = routed.order[kept] // per_ray
-        color = self.field.color(
-            routed.node.index_select(0, kept),
-            geo.index_select(0, kept),  # whose gradient is faster than that of geo[kept]
-            direction_code.index_select(0, ray_of),
-            None if appearance is None else appearance.index_select(0, ray_of),
-        )
-        rgb = torch.zeros_like(positions).index_add(0, routed.order[kept], share[kept, None] * color)
+        place = routed.order.index_select(0, kept)
+        ray = torch.div(place, per_ray, rounding_mode="floor")
+        inputs = shading.color_inputs(geo, direction_code, self._appearance(ray_bundle), kept, ray)
+        color = self.field.color(routed.node.index_select(0, kept), inputs)
+        rgb = torch.zeros_like(positions).index_add(0, place, share[kept, None] * color)
         rgb = rgb.reshape(rays, per_ray, 3)
 
         outputs: dict[str, Any] = {

@@ -24,6 +24,7 @@ from torch import Tensor
 
 from infnerf_ns import kernels
 from infnerf_ns.footprint import continuous_level, level_gsd
+from infnerf_ns.kernels.rays import affine
 
 _OCTANTS = torch.tensor([[(o >> 0) & 1, (o >> 1) & 1, (o >> 2) & 1] for o in range(8)])
 
@@ -38,8 +39,7 @@ class RootCube:
 
     def to_unit(self, world: Float[Tensor, "*bs 3"]) -> Float[Tensor, "*bs 3"]:
         """World to unit coordinates."""
-        rotation = self.rotation.to(world)
-        return (world - self.center.to(world)) @ (rotation.T / self.side) + 0.5
+        return affine(world, self.center.to(world), self.rotation.to(world).T / self.side, 0.5)
 
     def to_world(self, unit: Float[Tensor, "*bs 3"]) -> Float[Tensor, "*bs 3"]:
         """Unit to world coordinates."""

@@ -12,7 +12,7 @@ from nerfstudio.cameras.rays import RayBundle, RaySamples
 from nerfstudio.model_components.ray_samplers import PDFSampler, SpacedSampler
 from torch import Tensor
 
-from infnerf_ns.kernels.rays import cone_samples, distances, render_weights, resample
+from infnerf_ns.kernels.rays import affine, cone_samples, distances, render_weights, resample
 
 RAYS, SAMPLES, BEND = 300, 24, 4.0
 
@@ -114,6 +114,15 @@ def test_samples_of_cones_are_the_reference(threads: int, parallel: bool, of_int
     assert reference[0].requires_grad
     for name, got, expected in zip(("positions", "radii"), fast, reference):
         assert torch.allclose(got, expected, rtol=1e-5, atol=1e-6), name
+
+
+@every_threads
+def test_change_of_frame_is_the_reference(threads: int) -> None:
+    numba.set_num_threads(threads)
+    points, center, matrix = _random(RAYS, 3), _random(3, seed=1), _random(3, 3, seed=2)
+    reference = affine(*_double(points, center, matrix), 0.5)
+    assert torch.allclose(reference, (points - center).double() @ matrix.double() + 0.5)
+    assert torch.allclose(affine(points, center, matrix, 0.5), reference.float(), atol=1e-6)
 
 
 @every_threads

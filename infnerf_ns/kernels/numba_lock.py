@@ -1,4 +1,4 @@
-"""What every call of a numba kernel needs: the lock, and tensors as arrays."""
+"""What every call of a numba kernel needs: whether it can be made, the lock, and tensors as arrays."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import threading
 
 import numba
 import numpy as np
+import torch
 from torch import Tensor
 
 numba.config.THREADING_LAYER_PRIORITY = ["omp", "tbb", "workqueue"]
@@ -19,3 +20,8 @@ own."""
 def flat(tensor: Tensor) -> np.ndarray:
     """A tensor's values as a contiguous array, without its gradient."""
     return tensor.detach().contiguous().numpy()
+
+
+def on_cpu(*tensors: Tensor | None) -> bool:
+    """Whether numba can take these tensors: float32 on the CPU; None stands for one that is left out."""
+    return all(x is None or (x.device.type == "cpu" and x.dtype == torch.float32) for x in tensors)

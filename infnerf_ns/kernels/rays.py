@@ -14,15 +14,10 @@ from jaxtyping import Float
 from torch import Tensor
 
 from infnerf_ns.kernels import ray_numba
-from infnerf_ns.kernels.numba_lock import flat, numba_lock
+from infnerf_ns.kernels.numba_lock import flat, numba_lock, on_cpu
 
 PADDING = 0.01
 """Added to every weight of a histogram before it is sampled (mip-NeRF 360), so that no interval is never looked at."""
-
-
-def _on_cpu(*tensors: Tensor | None) -> bool:
-    """Whether the numba forms can be used: float32 on the CPU."""
-    return all(x is None or (x.device.type == "cpu" and x.dtype == torch.float32) for x in tensors)
 
 
 def distances(
@@ -35,7 +30,7 @@ def distances(
         s_near, s_far: spacing of the planes; ``s = log(t / bend)`` up to the bend and ``1 - bend / t`` beyond.
         bend: scene units.
     """
-    if _on_cpu(bins, s_near, s_far):
+    if on_cpu(bins, s_near, s_far):
         edges = torch.empty_like(bins)
         with numba_lock:
             ray_numba.distances(flat(bins), flat(s_near), flat(s_far), bend, edges.numpy())
@@ -68,7 +63,7 @@ def resample(
     Returns:
         The new edges, normalised and as distances, each [R, count + 1].
     """
-    if _on_cpu(bins, weights, offset, s_near, s_far):
+    if on_cpu(bins, weights, offset, s_near, s_far):
         new_bins, edges = (torch.empty(len(bins), count + 1) for _ in range(2))
         with numba_lock:
             ray_numba.resample(
@@ -106,7 +101,7 @@ def cone_samples(
         of_interval: the footprint is at least half the interval's length.
     """
     needs_gradient = torch.is_grad_enabled() and (origins.requires_grad or directions.requires_grad)
-    if not needs_gradient and _on_cpu(origins, directions, edges, slope, constant):
+    if not needs_gradient and on_cpu(origins, directions, edges, slope, constant):
         rays, samples = len(edges), edges.shape[1] - 1
         positions, radii = torch.empty(rays, samples, 3), torch.empty(rays, samples)
         fixed = np.empty(0, np.float32) if constant is None else flat(constant)
@@ -124,6 +119,23 @@ def cone_samples(
     return positions, radii
 
 
+def affine(
+    points: Float[Tensor, "M 3"], center: Float[Tensor, "3"], matrix: Float[Tensor, "3 3"], offset: float
+) -> Float[Tensor, "M 3"]:
+    """``(points - center) @ matrix + offset``: a change of frame, in one pass (torch's product is slow for 3 columns).
+
+    Autocast does not apply: half precision would move samples by more than a cell.
+    """
+    needs_gradient = torch.is_grad_enabled() and points.requires_grad
+    if not needs_gradient and points.ndim == 2 and on_cpu(points, center, matrix):
+        out = torch.empty(points.shape)
+        with numba_lock:
+            ray_numba.affine(flat(points), flat(center), flat(matrix), offset, out.numpy())
+        return out
+    with torch.autocast(points.device.type, enabled=False):
+        return (points - center) @ matrix + offset
+
+
 def render_weights(density: Float[Tensor, "R S"], edges: Float[Tensor, "R S1"]) -> Float[Tensor, "R S"]:
     """Volume rendering weights ``(1 - exp(-d_i)) exp(-sum of d before)``, ``d`` density times length (NeRF, eq. 3).
 
@@ -131,7 +143,7 @@ def render_weights(density: Float[Tensor, "R S"], edges: Float[Tensor, "R S1"]) 
         density: per scene unit.
         edges: distances of the intervals' edges; they get no gradient.
     """
-    if _on_cpu(density, edges):
+    if on_cpu(density, edges):
         return _RenderWeights.apply(density, edges)
     depth = density * edges.diff(dim=1)
     before = torch.nn.functional.pad(torch.cumsum(depth[:, :-1], dim=1), (1, 0))
