@@ -12,6 +12,11 @@ import numpy as np
 import pytest
 import torch
 
+# Without a GPU the Triton kernels run in Triton's interpreter. Triton reads this when it is imported and when a kernel
+# is defined, so it must be set before the first import of either; torch imports Triton only when it needs it.
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")
+
 torch.set_num_threads(1)
 hypothesis.settings.register_profile("infnerf", derandomize=True, deadline=None)
 hypothesis.settings.load_profile("infnerf")

@@ -2,61 +2,30 @@
 
 from __future__ import annotations
 
-import math
 from functools import cache
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tiny_field import (
+    MAX_LEVEL,
+    TINY,
+    TURN,
+    compare,
+    tiny_cube,
+    tiny_field,
+    tiny_samples,
+    tiny_tree,
+    values_and_gradients,
+)
 from torch import Tensor
 
 from infnerf_ns.field import FieldConfig, OctreeField, in_place_gradients, octree_from_state
-from infnerf_ns.octree import Octree, RootCube, build_octree
-
-TINY = {
-    **{"hash_levels": 3, "base_resolution": 4, "log2_table_size": 9, "features_per_level": 2, "child_hash_levels": 2},
-    **{"hidden_width": 8, "color_hidden_width": 8, "color_hidden_layers": 1, "geo_features": 3, "appearance_dim": 2},
-    **{"proposal_resolution": 8, "proposal_log2_table_size": 9},
-}
-COS, SIN = math.cos(math.radians(30)), math.sin(math.radians(30))
-TURN = torch.tensor([[COS, SIN, 0.0], [-SIN, COS, 0.0], [0.0, 0.0, 1.0]])
-MAX_LEVEL = 3
+from infnerf_ns.octree import build_octree
 
 every_children = pytest.mark.parametrize("children", ["residual", "independent"])
 every_sharing = pytest.mark.parametrize("sharing", ["node", "level", "tree"])
-
-
-def _cube(side: float = 3.0) -> RootCube:
-    return RootCube(torch.tensor([1.0, -2.0, 0.5]), side, TURN)
-
-
-def _tree(max_level: int = MAX_LEVEL, side: float = 3.0) -> Octree:
-    """Points crowd in one corner, so the tree is deep there and pruned elsewhere."""
-    generator = torch.Generator().manual_seed(0)
-    cube = _cube(side)
-    points = cube.to_world(torch.rand(600, 3, generator=generator) ** 2)
-    footprints = 0.03 * side * torch.rand(600, generator=generator) ** 3
-    return build_octree(points, footprints, cube, max_level=max_level, min_points=6, node_resolution=16)
-
-
-def _field(children: str = "residual", sharing: str = "node", tree: Octree | None = None, **sizes) -> OctreeField:
-    """A field whose nodes all take part and all differ."""
-    tree = tree or _tree()
-    with torch.random.fork_rng():
-        torch.manual_seed(1)
-        field = OctreeField(tree, FieldConfig(children, sharing, **{**TINY, **sizes}), MAX_LEVEL, num_photos=2)
-        for bank in (*field.grids, *field.decoders, *field.proposals):
-            bank.data.add_(0.3 * torch.randn(bank.shape))
-    field.active_level.fill_(tree.depth)
-    return field
-
-
-def _samples(tree: Octree, count: int = 300) -> tuple[Tensor, Tensor]:
-    """World positions, some of them outside of the root cube, and footprints that ask for every level."""
-    generator = torch.Generator().manual_seed(2)
-    unit = 1.1 * torch.rand(count, 3, generator=generator) ** 2.3 - 0.002
-    return tree.cube.to_world(unit), tree.gsd(0) * 2 ** (6 * torch.rand(count, generator=generator) - 5.5)
 
 
 def _levels(field: OctreeField, positions: Tensor, footprints: Tensor | None) -> Tensor:
@@ -64,56 +33,32 @@ def _levels(field: OctreeField, positions: Tensor, footprints: Tensor | None) ->
 
 
 def test_the_tree_of_these_tests_is_deep_and_pruned() -> None:
-    tree = _tree()
+    tree = tiny_tree()
     assert tree.depth == MAX_LEVEL and tree.nodes_per_level[3] > 8
     assert tree.summary()[3]["pruned"] > 0.5
-    levels = _levels(_field(), *_samples(tree))
+    levels = _levels(tiny_field(), *tiny_samples(tree))
     assert levels.bincount(minlength=4).min() > 10
 
 
 # -- backends ----------------------------------------------------------------------------------------------------------
 
 
-def _values_and_gradients(field: OctreeField, of_positions: bool) -> dict[str, Tensor | None]:
-    """Without gradients of the positions, the numba backend follows the paths as it does in training."""
-    positions, footprints = _samples(field.octree)
-    positions.requires_grad_(of_positions)
-    routed = field.route(positions, footprints)
-    density, geo = field.density(routed)
-    code = torch.sin(torch.arange(len(positions) * 16.0)).reshape(-1, 16)
-    color = field.color(routed.node, geo, code, code[:, :2])
-    proposal = field.proposal_density(positions, footprints)
-    wave = torch.cos(torch.arange(float(len(positions))))
-    parameters = {**({"positions": positions} if of_positions else {}), **dict(field.named_parameters())}
-    loss = (wave * (density + proposal + color @ torch.tensor([1.0, -2.0, 3.0]))).sum()
-    gradients = torch.autograd.grad(loss, list(parameters.values()), allow_unused=True)
-    values = {"density": density, "geometry": geo, "color": color, "proposal": proposal}
-    return {**values, **{f"gradient of {name}": grad for name, grad in zip(parameters, gradients)}}
-
-
 @every_children
 @every_sharing
 @pytest.mark.parametrize("of_positions", [True, False])
 def test_numba_is_the_torch_reference(of_positions: bool, sharing: str, children: str) -> None:
-    fields = (_field(children, sharing, backend=name) for name in ("torch", "numba"))
-    reference, fast = (_values_and_gradients(field, of_positions) for field in fields)
-    compared = 0
-    for name, expected in reference.items():
-        if expected is None or expected.numel() == 0:  # a bank that this configuration does not use
-            assert fast[name] is None or not bool(fast[name].any()), name
-            continue
-        assert bool(expected.abs().max() > 0), name
-        assert (expected - fast[name]).abs().max() < 5e-5 * expected.abs().max(), name
-        compared += 1
+    fields = (tiny_field(children, sharing, backend=name) for name in ("torch", "numba"))
+    reference, fast = (values_and_gradients(field, of_positions) for field in fields)
+    compared = compare(reference, fast)
     assert compared >= 4 + of_positions + 4 + 1 + 4, "values, positions, grids, at least one decoder, proposals"
 
 
 @every_children
 def test_in_place_gradients_are_autograds(children: str) -> None:
-    plain, held = _field(children), _field(children)
+    plain, held = tiny_field(children), tiny_field(children)
     in_place_gradients(held)
     for field in (plain, held):
-        positions, footprints = _samples(field.octree)
+        positions, footprints = tiny_samples(field.octree)
         (field.density_at(positions, footprints) + field.proposal_density(positions, footprints)).sum().backward()
     for (name, expected), (_, got) in zip(plain.named_parameters(), held.named_parameters()):
         if expected.grad is not None:
@@ -126,8 +71,8 @@ def test_in_place_gradients_are_autograds(children: str) -> None:
 
 @every_sharing
 def test_a_new_residual_child_without_features_is_its_parent(sharing: str) -> None:
-    field = _field("residual", sharing)
-    positions, _ = _samples(field.octree)
+    field = tiny_field("residual", sharing)
+    positions, _ = tiny_samples(field.octree)
     footprints = torch.full((len(positions),), field.octree.gsd(3) / 8)
     field.active_level.fill_(1)
     before, geo_before = field.density(field.route(positions, footprints, 1))
@@ -145,7 +90,7 @@ def test_a_new_residual_child_without_features_is_its_parent(sharing: str) -> No
 
 def test_a_new_node_starts_with_the_decoder_of_its_parent() -> None:
     for children in ("residual", "independent"):
-        field = _field(children)
+        field = tiny_field(children)
         field.active_level.fill_(1)
         fresh = field.decoders[2].data.clone()
         field.activate_level(2)
@@ -159,9 +104,9 @@ def test_a_new_node_starts_with_the_decoder_of_its_parent() -> None:
 
 
 def test_levels_start_in_order_and_end_at_the_depth_of_the_tree() -> None:
-    field = _field(tree=_tree(max_level=2))
+    field = tiny_field(tree=tiny_tree(max_level=2))
     field.active_level.fill_(0)
-    positions, _ = _samples(field.octree)
+    positions, _ = tiny_samples(field.octree)
     for level, expected in ((0, 0), (1, 1), (1, 1), (0, 1), (9, 2)):
         field.activate_level(level)
         assert int(field.active_level) == expected
@@ -169,15 +114,15 @@ def test_levels_start_in_order_and_end_at_the_depth_of_the_tree() -> None:
 
 
 def test_all_nodes_start_with_one_decoder() -> None:
-    field = OctreeField(_tree(), FieldConfig(**TINY), MAX_LEVEL, num_photos=2)
+    field = OctreeField(tiny_tree(), FieldConfig(**TINY), MAX_LEVEL, num_photos=2)
     pages = torch.cat([bank.data for bank in field.decoders])
     assert len(pages) == field.octree.num_nodes and bool((pages == pages[0]).all())
 
 
 @every_children
 def test_only_residual_children_read_their_ancestors(children: str) -> None:
-    field = _field(children)
-    positions, footprints = _samples(field.octree)
+    field = tiny_field(children)
+    positions, footprints = tiny_samples(field.octree)
     levels = _levels(field, positions, footprints)
     before = field.density_at(positions, footprints)
     field.grids[0].data.mul_(-1)
@@ -189,7 +134,7 @@ def test_only_residual_children_read_their_ancestors(children: str) -> None:
 
 @every_children
 def test_gradients_reach_only_the_nodes_that_the_samples_pass(children: str) -> None:
-    field = _field(children)
+    field = tiny_field(children)
     tree = field.octree
     deepest = tree.num_nodes - 1
     unit = (tree.coords[deepest] + torch.rand(40, 3)) / 2**MAX_LEVEL
@@ -212,7 +157,7 @@ def test_gradients_reach_only_the_nodes_that_the_samples_pass(children: str) -> 
 
 @cache
 def _shared_field(children: str) -> OctreeField:
-    return _field(children)
+    return tiny_field(children)
 
 
 @every_children
@@ -220,7 +165,7 @@ def _shared_field(children: str) -> OctreeField:
 @settings(max_examples=15)
 def test_density_is_in_the_order_of_the_caller(children: str, seed: int) -> None:
     field = _shared_field(children)
-    positions, footprints = _samples(field.octree, 100)
+    positions, footprints = tiny_samples(field.octree, 100)
     order = torch.randperm(100, generator=torch.Generator().manual_seed(seed))
     with torch.no_grad():
         whole, shuffled = field.density_at(positions, footprints), field.density_at(positions[order], footprints[order])
@@ -233,11 +178,11 @@ def test_density_is_in_the_order_of_the_caller(children: str, seed: int) -> None
 @every_sharing
 @pytest.mark.parametrize("cut", [0, 1, 2])
 def test_a_cut_is_a_tree_without_the_deeper_levels(children: str, sharing: str, cut: int) -> None:
-    whole, small = _field(children, sharing), _field(children, sharing, tree=_tree(max_level=cut))
+    whole, small = tiny_field(children, sharing), tiny_field(children, sharing, tree=tiny_tree(max_level=cut))
     for banks, others in ((whole.grids, small.grids), (whole.decoders, small.decoders)):
         for bank, other in zip(banks, others):
             other.data.copy_(bank.data[: len(other)])
-    positions, footprints = _samples(whole.octree)
+    positions, footprints = tiny_samples(whole.octree)
     for asked in (None, footprints):
         expected = small.density_at(positions, asked)
         assert torch.allclose(whole.density_at(positions, asked, max_level=cut), expected, rtol=1e-6, atol=0)
@@ -245,8 +190,8 @@ def test_a_cut_is_a_tree_without_the_deeper_levels(children: str, sharing: str, 
 
 
 def test_without_footprints_the_finest_node_answers() -> None:
-    field = _field()
-    positions, _ = _samples(field.octree)
+    field = tiny_field()
+    positions, _ = tiny_samples(field.octree)
     routed = field.route(positions, None)
     assert routed.footprints is None
     assert torch.equal(routed.node, field.octree.locate(positions, None).node[routed.order])
@@ -256,14 +201,14 @@ def test_without_footprints_the_finest_node_answers() -> None:
 @every_children
 def test_no_samples(children: str) -> None:
     """A chunk of pure sky has no sample that needs a normal."""
-    field = _field(children)
+    field = tiny_field(children)
     nothing, no_footprint = torch.zeros(0, 3), torch.zeros(0)
     assert field.density_at(nothing, no_footprint).shape == (0,)
     assert field.density_at(nothing).shape == (0,)
     assert field.proposal_density(nothing, no_footprint).shape == (0,)
     assert field.normals(nothing, no_footprint).shape == (0, 3)
     routed = field.route(nothing, no_footprint)
-    assert field.color(routed.node, torch.zeros(0, 3), torch.zeros(0, 16), torch.zeros(0, 2)).shape == (0, 3)
+    assert field.color(routed.node, torch.zeros(0, 3 + 16 + 2)).shape == (0, 3)
 
 
 # -- the blend of adjacent levels --------------------------------------------------------------------------------------
@@ -279,8 +224,8 @@ def _blended(field: OctreeField, positions: Tensor, footprints: Tensor):
 
 @every_children
 def test_blend_weights_sum_to_one_and_the_others_are_the_parents(children: str) -> None:
-    field = _field(children)
-    positions, footprints = _samples(field.octree)
+    field = tiny_field(children)
+    positions, footprints = tiny_samples(field.octree)
     routed, share, _ = _blended(field, positions, footprints)
     total = torch.zeros(len(positions)).index_add(0, routed.order, share)
     assert torch.allclose(total, torch.ones_like(total), atol=1e-6)
@@ -297,7 +242,7 @@ def test_blend_weights_sum_to_one_and_the_others_are_the_parents(children: str) 
 @every_children
 @torch.no_grad()
 def test_nothing_pops_while_a_footprint_shrinks(children: str) -> None:
-    field = _field(children)
+    field = tiny_field(children)
     tree = field.octree
     steps = 1601
     footprints = tree.gsd(0) * 2 ** torch.linspace(1, -4, steps)
@@ -316,9 +261,9 @@ def test_nothing_pops_while_a_footprint_shrinks(children: str) -> None:
 
 def test_density_is_per_scene_unit() -> None:
     """A scene ten times as large has a tenth of the density everywhere."""
-    small, large = _field(tree=_tree(side=3.0)), _field(tree=_tree(side=30.0))
+    small, large = tiny_field(tree=tiny_tree(side=3.0)), tiny_field(tree=tiny_tree(side=30.0))
     assert small.octree.nodes_per_level == large.octree.nodes_per_level
-    positions, footprints = _samples(small.octree)
+    positions, footprints = tiny_samples(small.octree)
     center = small.octree.cube.center
     scaled = (positions - center) * 10 + center
     expected = small.density_at(positions, footprints) / 10
@@ -328,10 +273,10 @@ def test_density_is_per_scene_unit() -> None:
 
 
 def test_detail_finer_than_the_footprint_fades() -> None:
-    field, blank, sharp = _field(), _field(), _field(downweight=0.0)
+    field, blank, sharp = tiny_field(), tiny_field(), tiny_field(downweight=0.0)
     for bank in blank.grids:
         bank.data.zero_()
-    positions, _ = _samples(field.octree)
+    positions, _ = tiny_samples(field.octree)
     ones = torch.ones(len(positions))
     huge, tiny, cell = 1e5 * ones, 1e-7 * ones, 1.01 * field.octree.gsd(0) * ones
     assert torch.allclose(field.density_at(positions, huge), blank.density_at(positions, huge), rtol=1e-3)
@@ -342,7 +287,7 @@ def test_detail_finer_than_the_footprint_fades() -> None:
 
 def test_normal_of_a_slope() -> None:
     """Log density grows linearly along a known direction: the normal is the opposite one, everywhere in the cube."""
-    tree = build_octree(torch.zeros(1, 3), torch.ones(1), _cube(), max_level=0, min_points=1, node_resolution=8)
+    tree = build_octree(torch.zeros(1, 3), torch.ones(1), tiny_cube(), max_level=0, min_points=1, node_resolution=8)
     config = FieldConfig(**{**TINY, "hash_levels": 1, "features_per_level": 1, "log2_table_size": 12})
     field = OctreeField(tree, config, 0, num_photos=2)
     assert field.grids[0].shape == (1, 16**3)
@@ -360,8 +305,8 @@ def test_normal_of_a_slope() -> None:
 
 @every_children
 def test_normals_are_finite_differences(children: str) -> None:
-    field = _field(children).double()
-    positions = _samples(field.octree)[0].double()
+    field = tiny_field(children).double()
+    positions = tiny_samples(field.octree)[0].double()
     step = 1e-6
     moved = positions[:, None, None] + step * torch.stack([torch.eye(3), -torch.eye(3)]).double()
     logs = field.density_at(moved.reshape(-1, 3)).log().reshape(len(positions), 2, 3)
@@ -381,7 +326,7 @@ def test_normals_are_finite_differences(children: str) -> None:
 
 @every_sharing
 def test_memory_is_what_the_parameters_take(sharing: str) -> None:
-    field = _field("residual", sharing)
+    field = tiny_field("residual", sharing)
     counts = [sum(bank.numel() for bank in banks) for banks in zip(field.grids, field.decoders, field.proposals)]
     assert field.pages.memory_bytes(field.octree, training=False) == [4 * count for count in counts]
     assert field.pages.memory_bytes(
@@ -390,12 +335,12 @@ def test_memory_is_what_the_parameters_take(sharing: str) -> None:
     # Root by hand: 3 hash levels of 512 entries x 2; 18 x 8 + 8 x 4 and 21 x 8 + 8 x 3 weights; 4 proposal levels.
     root = 3 * 512 * 2 + (18 * 8 + 8 * 4 + 21 * 8 + 8 * 3) + field.proposal_layouts[0].page_size
     assert counts[0] == root
-    shallow = _field(tree=_tree(max_level=1))
+    shallow = tiny_field(tree=tiny_tree(max_level=1))
     assert len(shallow.pages.memory_bytes(shallow.octree)) == 2
 
 
 def test_the_tree_survives_the_state_dict() -> None:
-    field = _field()
+    field = tiny_field()
     state = {f"module.{name}": value for name, value in field.state_dict().items()}
     tree = octree_from_state(state, "module.")
     for name in ("level", "coords", "parent", "children"):
@@ -403,8 +348,8 @@ def test_the_tree_survives_the_state_dict() -> None:
     assert (tree.node_resolution, tree.gsd_sharpness) == (16, 2.0)
     assert tree.cube.side == field.octree.cube.side
     assert torch.equal(tree.cube.rotation, TURN) and torch.equal(tree.cube.center, field.octree.cube.center)
-    other = OctreeField(_tree(max_level=1), field.config, MAX_LEVEL, num_photos=2)
+    other = OctreeField(tiny_tree(max_level=1), field.config, MAX_LEVEL, num_photos=2)
     other.set_octree(tree)
     other.load_state_dict(field.state_dict())
-    positions, footprints = _samples(tree)
+    positions, footprints = tiny_samples(tree)
     assert torch.equal(other.density_at(positions, footprints), field.density_at(positions, footprints))

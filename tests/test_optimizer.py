@@ -8,7 +8,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch import Tensor
+from node_adam_cases import MOMENTS, PAGE, ROWS, adam_bank, adam_gradients, dense_step, give
 from torch.nn import Parameter
 
 from infnerf_ns.kernels import (
@@ -20,45 +20,7 @@ from infnerf_ns.kernels import (
     hash_encode,
     mlp_page_size,
 )
-from infnerf_ns.training.optimizer import NodeAdam, NodeAdamOptimizerConfig, _dense_step
-
-ROWS, PAGE = 5, 37  # the last block of a page is not full
-MOMENTS = ("exp_avg", "exp_avg_sq", "row_steps")
-
-
-def _bank(rows: int = ROWS) -> Parameter:
-    bank = Parameter(torch.randn(rows, PAGE, generator=torch.Generator().manual_seed(1)))
-    enable_bank_gradient(bank)
-    return bank
-
-
-def _give(bank: Parameter, gradient: Tensor) -> None:
-    """What the backward kernels do: add the gradient in place and flag what was touched."""
-    held = bank_gradient(bank)
-    held.grad.add_(gradient)
-    padded = torch.nn.functional.pad(gradient, (0, held.touched.shape[1] * 16 - gradient.shape[1]))
-    held.touched |= padded.reshape(len(gradient), -1, 16).any(dim=2).to(torch.uint8)
-    held.rows |= gradient.any(dim=1).to(torch.uint8)
-
-
-def _gradients(seed: int, steps: int, density: float = 1.0) -> list[Tensor]:
-    """Random gradients; a share of ``density`` of the entries is touched, and of the rows half if not all are."""
-    generator = torch.Generator().manual_seed(seed)
-    gradients = []
-    for _ in range(steps):
-        gradient = torch.randn(ROWS, PAGE, generator=generator)
-        if density < 1:
-            gradient[torch.rand(ROWS, PAGE, generator=generator) > density] = 0
-            gradient[torch.rand(ROWS, generator=generator) < 0.5] = 0
-        gradients.append(gradient)
-    return gradients
-
-
-def _dense(bank: Parameter, optimizer: NodeAdam, gradient: Tensor) -> None:
-    bank.grad = gradient.clone()
-    with torch.no_grad():
-        _dense_step(bank, optimizer._moments(bank), optimizer.param_groups[0])
-    bank.grad = None
+from infnerf_ns.training.optimizer import NodeAdam, NodeAdamOptimizerConfig
 
 
 @pytest.mark.parametrize("path", ["touched", "dense"])
@@ -66,17 +28,17 @@ def _dense(bank: Parameter, optimizer: NodeAdam, gradient: Tensor) -> None:
     "config", [{}, {"betas": (0.8, 0.95), "eps": 1e-2}], ids=["defaults", "other betas, large eps"]
 )
 def test_where_everything_is_touched_it_is_adam(path: str, config: dict) -> None:
-    bank = _bank()
+    bank = adam_bank()
     reference = Parameter(bank.detach().clone())
     optimizer = NodeAdam([bank], lr=0.03, **config)
     adam = torch.optim.Adam([reference], lr=0.03, **{"betas": (0.9, 0.99), "eps": 1e-15, **config})
-    for gradient in _gradients(0, 8):
+    for gradient in adam_gradients(0, 8):
         reference.grad = gradient.clone()
         adam.step()
         if path == "dense":
-            _dense(bank, optimizer, gradient)
+            dense_step(bank, optimizer, gradient)
         else:
-            _give(bank, gradient)
+            give(bank, gradient)
             optimizer.step()
         assert torch.allclose(bank, reference, rtol=1e-5, atol=1e-6)
     for moment in ("exp_avg", "exp_avg_sq"):
@@ -86,12 +48,12 @@ def test_where_everything_is_touched_it_is_adam(path: str, config: dict) -> None
 @given(st.integers(0, 2**31))
 @settings(max_examples=20)
 def test_the_dense_path_gives_the_same(seed: int) -> None:
-    touched, dense = _bank(), _bank()
+    touched, dense = adam_bank(), adam_bank()
     first, second = NodeAdam([touched], lr=0.03), NodeAdam([dense], lr=0.03)
-    for gradient in _gradients(seed, 6, density=0.2):
-        _give(touched, gradient)
+    for gradient in adam_gradients(seed, 6, density=0.2):
+        give(touched, gradient)
         first.step()
-        _dense(dense, second, gradient)
+        dense_step(dense, second, gradient)
     assert torch.allclose(touched, dense, rtol=1e-5, atol=1e-6)
     for moment in MOMENTS:
         assert torch.allclose(first.state[touched][moment], second.state[dense][moment], rtol=1e-5, atol=1e-7), moment
@@ -100,13 +62,13 @@ def test_the_dense_path_gives_the_same(seed: int) -> None:
 @given(st.integers(0, 2**31))
 @settings(max_examples=20)
 def test_untouched_entries_stay_bit_for_bit(seed: int) -> None:
-    bank = _bank()
+    bank = adam_bank()
     optimizer = NodeAdam([bank], lr=0.03)
-    _give(bank, _gradients(seed, 1)[0])
+    give(bank, adam_gradients(seed, 1)[0])
     optimizer.step()
-    for gradient in _gradients(seed + 1, 3, density=0.2):
+    for gradient in adam_gradients(seed + 1, 3, density=0.2):
         values = {"bank": bank.detach().clone(), **{name: optimizer.state[bank][name].clone() for name in MOMENTS}}
-        _give(bank, gradient)
+        give(bank, gradient)
         optimizer.step()
         now = {"bank": bank.detach(), **optimizer.state[bank]}
         still, rows = gradient == 0, ~gradient.any(dim=1)
@@ -117,9 +79,9 @@ def test_untouched_entries_stay_bit_for_bit(seed: int) -> None:
 
 
 def test_a_step_clears_what_it_used() -> None:
-    bank = _bank()
+    bank = adam_bank()
     optimizer = NodeAdam([bank], lr=0.03)
-    _give(bank, _gradients(0, 1)[0])
+    give(bank, adam_gradients(0, 1)[0])
     optimizer.step()
     held = bank_gradient(bank)
     assert not bool(held.grad.any()) and not bool(held.touched.any()) and not bool(held.rows.any())
@@ -130,16 +92,16 @@ def test_a_step_clears_what_it_used() -> None:
 
 def test_a_late_node_starts_like_a_new_one() -> None:
     """Bias correction counts a node's own steps: its first one has the size of the learning rate, whenever it comes."""
-    bank = _bank()
+    bank = adam_bank()
     optimizer = NodeAdam([bank], lr=0.03)
     early = torch.zeros(ROWS, PAGE)
     early[:2] = 1.0
     for _ in range(50):
-        _give(bank, early)
+        give(bank, early)
         optimizer.step()
     before, late = bank.detach().clone(), torch.zeros(ROWS, PAGE)
     late[3] = torch.linspace(-4, 5, PAGE)
-    _give(bank, late)
+    give(bank, late)
     optimizer.step()
     assert torch.allclose(bank[3] - before[3], -0.03 * late[3].sign(), atol=1e-6)
     assert optimizer.state[bank]["row_steps"].tolist() == [50, 50, 0, 1, 0]
@@ -148,7 +110,7 @@ def test_a_late_node_starts_like_a_new_one() -> None:
 @pytest.mark.parametrize("path", ["touched", "dense"])
 def test_a_node_warms_up_by_its_own_steps(path: str) -> None:
     """With a constant gradient every step of Adam has the size of the learning rate, here 1/4, 2/4, 3/4, 1, 1 of it."""
-    bank = _bank()
+    bank = adam_bank()
     optimizer = NodeAdam([bank], lr=0.04, warmup=4)
     for step in range(7):
         gradient = torch.zeros(ROWS, PAGE)
@@ -156,9 +118,9 @@ def test_a_node_warms_up_by_its_own_steps(path: str) -> None:
         gradient[1] = -1.0 if step >= 2 else 0.0
         before = bank.detach().clone()
         if path == "dense":
-            _dense(bank, optimizer, gradient)
+            dense_step(bank, optimizer, gradient)
         else:
-            _give(bank, gradient)
+            give(bank, gradient)
             optimizer.step()
         for row, steps, sign in ((0, step + 1, -1), (1, step - 1, 1)):
             expected = sign * 0.01 * min(max(steps, 0), 4)
@@ -167,10 +129,10 @@ def test_a_node_warms_up_by_its_own_steps(path: str) -> None:
 
 @pytest.mark.parametrize("set_to_none", [True, False])
 def test_zero_grad_forgets_a_backward_pass(set_to_none: bool) -> None:
-    bank = _bank()
+    bank = adam_bank()
     optimizer = NodeAdam([bank], lr=0.03)
     before = bank.detach().clone()
-    _give(bank, _gradients(0, 1, density=0.3)[0])
+    give(bank, adam_gradients(0, 1, density=0.3)[0])
     optimizer.zero_grad(set_to_none=set_to_none)
     held = bank_gradient(bank)
     assert not bool(held.grad.any()) and not bool(held.touched.any()) and not bool(held.rows.any())
@@ -179,10 +141,10 @@ def test_zero_grad_forgets_a_backward_pass(set_to_none: bool) -> None:
 
 
 def test_a_loaded_state_continues_bit_for_bit() -> None:
-    bank = _bank()
+    bank = adam_bank()
     optimizer = NodeAdam([bank], lr=0.03)
-    for gradient in _gradients(0, 4, density=0.4):
-        _give(bank, gradient)
+    for gradient in adam_gradients(0, 4, density=0.4):
+        give(bank, gradient)
         optimizer.step()
     twin = Parameter(bank.detach().clone())
     enable_bank_gradient(twin)
@@ -190,9 +152,9 @@ def test_a_loaded_state_continues_bit_for_bit() -> None:
     resumed.load_state_dict(copy.deepcopy(optimizer.state_dict()))
     assert resumed.param_groups[0]["lr"] == 0.03
     assert resumed.state[twin]["row_steps"].dtype == torch.int64, "torch casts a state to the Parameter's type"
-    for gradient in _gradients(1, 4, density=0.4):
+    for gradient in adam_gradients(1, 4, density=0.4):
         for parameter, steps in ((bank, optimizer), (twin, resumed)):
-            _give(parameter, gradient)
+            give(parameter, gradient)
             steps.step()
     assert torch.equal(bank, twin)
     for moment in MOMENTS:
@@ -200,16 +162,16 @@ def test_a_loaded_state_continues_bit_for_bit() -> None:
 
 
 def test_a_bank_that_grows_keeps_training() -> None:
-    bank = _bank()
+    bank = adam_bank()
     optimizer = NodeAdam([bank], lr=0.03)
-    for gradient in _gradients(0, 3):
-        _give(bank, gradient)
+    for gradient in adam_gradients(0, 3):
+        give(bank, gradient)
         optimizer.step()
     bank.data = torch.cat([bank.data, torch.zeros(2, PAGE)])
     optimizer.zero_grad()
     optimizer.step()  # nothing touched yet
     before = bank.detach().clone()
-    _give(bank, torch.ones(ROWS + 2, PAGE))
+    give(bank, torch.ones(ROWS + 2, PAGE))
     optimizer.step()
     assert bank_gradient(bank).grad.shape == optimizer.state[bank]["exp_avg"].shape == (ROWS + 2, PAGE)
     assert bool((bank < before).all())
@@ -217,7 +179,7 @@ def test_a_bank_that_grows_keeps_training() -> None:
 
 
 def test_empty_and_unused_banks_are_left_alone() -> None:
-    empty, unused = Parameter(torch.empty(0, PAGE)), _bank()
+    empty, unused = Parameter(torch.empty(0, PAGE)), adam_bank()
     before = unused.detach().clone()
     optimizer = NodeAdam([empty, unused], lr=0.03)
     optimizer.zero_grad()
@@ -255,7 +217,7 @@ def test_a_step_after_the_kernels_is_a_step_of_adam(backend: str) -> None:
 
 
 def test_the_configuration_makes_it() -> None:
-    bank = _bank()
+    bank = adam_bank()
     optimizer = NodeAdamOptimizerConfig(lr=0.02, betas=(0.8, 0.9), eps=1e-8, warmup=7).setup(params=[bank])
     assert isinstance(optimizer, NodeAdam)
     group = optimizer.param_groups[0]

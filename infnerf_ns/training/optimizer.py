@@ -9,7 +9,9 @@ SparseAdam wants sparse gradient tensors, which cost a sort per step.
 
 from __future__ import annotations
 
+import importlib
 from dataclasses import dataclass, field
+from types import ModuleType
 from typing import Annotated
 
 import numpy as np
@@ -75,6 +77,10 @@ class NodeAdam(torch.optim.Optimizer):
                 if held is None:
                     _dense_step(bank, state, group)
                     continue
+                kernels = _device_kernels(bank)
+                if kernels is not None:
+                    kernels.step(bank.detach(), held, state, group)
+                    continue
                 rows = np.flatnonzero(held.rows.numpy())
                 state["row_steps"][torch.from_numpy(rows)] += 1
                 adam_numba.touched_step(
@@ -92,10 +98,19 @@ class NodeAdam(torch.optim.Optimizer):
                 if held is None:
                     bank.grad = None if set_to_none or bank.grad is None else bank.grad.zero_()
                     continue
+                kernels = _device_kernels(bank)
+                if kernels is not None:
+                    kernels.clear(held)
+                    continue
                 rows = np.flatnonzero(held.rows.numpy())
                 if len(rows):
                     adam_numba.clear(held.grad.numpy(), held.touched.numpy(), rows)
                     held.rows.zero_()
+
+
+def _device_kernels(bank: Tensor) -> ModuleType | None:
+    """The kernels for a bank on CUDA, imported when first needed, as Triton is not on every platform; None on a CPU."""
+    return importlib.import_module("infnerf_ns.kernels.adam_triton") if bank.device.type == "cuda" else None
 
 
 def _dense_step(bank: Tensor, state: dict, group: dict) -> None:

@@ -15,6 +15,7 @@ from nerfstudio.engine.trainer import TRAIN_INTERATION_OUTPUT, Trainer, TrainerC
 from nerfstudio.utils import profiler, writer
 from nerfstudio.utils.decorators import check_main_thread
 from nerfstudio.utils.misc import step_check
+from torch.amp import GradScaler
 from torch.optim.lr_scheduler import LambdaLR
 
 from infnerf_ns.errors import InputError
@@ -117,6 +118,12 @@ class InfNeRFTrainer(Trainer):
         requested_step = config.load_step
         super().__init__(config, local_rank, world_size)
         config.load_step = requested_step
+        self._half_type: Optional[torch.dtype] = None  # torch's default for the device
+        if self.mixed_precision and torch.cuda.is_bf16_supported(including_emulation=False):
+            # bfloat16 has the range of float32, so nothing must be scaled: the grad scaler would visit every entry of
+            # every bank in every step, a cost that grows with the tree.
+            self._half_type = torch.bfloat16
+            self.grad_scaler = GradScaler("cuda", enabled=config.use_grad_scaler)
         self._signals = StopSignals(self._on_stop_request)
         self._phase: Literal["setup", "training", "evaluating", "waiting"] = "setup"
         self.stop_training = False
@@ -172,7 +179,7 @@ class InfNeRFTrainer(Trainer):
         accumulation = self.gradient_accumulation_steps
         self.optimizers.zero_grad_some([group for group in groups if step % accumulation[group] == 0])
 
-        with torch.autocast(device_type=self.device.split(":")[0], enabled=self.mixed_precision):
+        with torch.autocast(self.device.split(":")[0], dtype=self._half_type, enabled=self.mixed_precision):
             _, loss_dict, metrics_dict = self.pipeline.get_train_loss_dict(step=step)
             loss = functools.reduce(torch.add, loss_dict.values())
         good = bool(torch.isfinite(loss))
