@@ -14,6 +14,8 @@ import numpy as np
 
 TILE = 32
 """samples per tile"""
+VECTOR = 16
+"""widths that are a multiple of this need no remainder loop"""
 NARROW = 8
 """layers with fewer outputs are summed along their inputs instead, as their rows do not fill a vector"""
 
@@ -208,7 +210,7 @@ def backward(
         acts = np.empty((layers, TILE, widest), np.float32)
         delta = np.empty((TILE, widest), np.float32)
         delta_next = np.empty((TILE, widest), np.float32)
-        transposed = np.empty((layers, widest, widest), np.float32)
+        transposed = np.zeros((layers, widest, widest), np.float32)
         narrow = np.empty((NARROW, widest), np.float32)
         total = np.zeros(size, np.float32)
         first_tile, last_tile = tiles * thread // threads, tiles * (thread + 1) // threads
@@ -244,8 +246,12 @@ def backward(
                 if layer == 0:
                     _outer(inputs[a:b], delta, n, used, fan_out, gradient)
                     if want_inputs:
-                        _product(delta, transposed[layer], n, fan_out, used, grad_inputs[a:b])
+                        # Whole vectors: the columns beyond the inputs are zero in the transposed weights.
+                        padded = min((used + VECTOR - 1) // VECTOR * VECTOR, widest)
+                        _product(delta, transposed[layer], n, fan_out, padded, delta_next)
                         for s in range(n):
+                            for i in range(used):
+                                grad_inputs[a + s, i] = delta_next[s, i]
                             for i in range(used, fan_in):
                                 grad_inputs[a + s, i] = np.float32(0)
                 else:
