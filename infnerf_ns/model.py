@@ -30,7 +30,7 @@ from torch import Tensor
 from torch.nn import Parameter
 
 from infnerf_ns.errors import InputError
-from infnerf_ns.field import FieldConfig, OctreeField, in_place_gradients, octree_from_state
+from infnerf_ns.field import FieldConfig, OctreeField, Routed, in_place_gradients, octree_from_state
 from infnerf_ns.kernels import explain, shading
 from infnerf_ns.kernels.rays import render_weights
 from infnerf_ns.losses import ray as ray_losses
@@ -281,35 +281,19 @@ class InfNeRFModel(Model):
 
         Returns:
             ``rgb [R, 3]``, ``accumulation``, ``depth`` (median) and ``expected_depth`` [R, 1]; in evaluation also
-            ``level [R, 3]``
-            (mean octree level as a colour, blue = root) and ``normals [R, 3]`` in 0..1; in training what the losses
-            need.
+            ``level [R, 3]`` (mean octree level as a colour, blue = root) and ``normals [R, 3]`` in 0..1; in training
+            what the losses need.
         """
         if self.training:
             self.camera_optimizer.apply_to_raybundle(ray_bundle)
-        octree, blend = self.field.octree, self.config.blend_levels and not self.training
         samples, weights_list, samples_list = self.sampler(ray_bundle, self.field.proposal_density, self.step)
         rays, per_ray = samples.starts.shape[:2]
         jitter = self.training and self.config.sampler.footprint_jitter
         positions, footprints = sample_geometry(ray_bundle, samples, jitter=jitter)
         positions = positions.reshape(-1, 3)
-        footprints = routing = None if footprints is None else footprints.reshape(-1)
-        if blend and footprints is not None:
-            # Training draws the level of a sample from lod + u, u in -1/2..1/2; this blend is its expectation.
-            routing = footprints / math.sqrt(2)
-        coarsen = None
-        if self.training and footprints is not None:
-            octaves = int(self.field.active_level)
-            coarsen = random_coarsening(rays, per_ray, self.config.sampler.coarse_share, octaves)
-            coarsen = None if coarsen is None else coarsen.to(positions.device)
-        routed = self.field.route(positions, routing, coarsen=coarsen)
-        share = torch.ones(len(positions), device=positions.device)
-        if blend and footprints is not None:
-            share = octree.fraction(octree.level[routed.node], routed.footprints)
-            routed = routed._replace(footprints=footprints[routed.order])  # detail fades by the footprint itself
-            routed, share = self.field.with_parents(routed, share)
+        footprints = None if footprints is None else footprints.reshape(-1)
+        routed, share = self._route(positions, footprints, per_ray)
         density, geo = self.field.density(routed)
-
         sample_density = torch.zeros_like(positions[:, 0]).index_add(0, routed.order, share * density)
         weights = render_weights(sample_density.reshape(rays, per_ray), samples.edges)[..., None]
         kept = shading.visible(weights[..., 0], routed.order, self.config.color_weight_threshold)
@@ -319,10 +303,8 @@ class InfNeRFModel(Model):
         inputs = shading.color_inputs(geo, direction_code, self._appearance(ray_bundle), kept, ray)
         color = self.field.color(routed.node.index_select(0, kept), inputs)
         rgb = torch.zeros_like(positions).index_add(0, place, share[kept, None] * color)
-        rgb = rgb.reshape(rays, per_ray, 3)
-
         outputs: dict[str, Any] = {
-            "rgb": self.renderer_rgb(rgb=rgb, weights=weights),
+            "rgb": self.renderer_rgb(rgb=rgb.reshape(rays, per_ray, 3), weights=weights),
             "accumulation": self.renderer_accumulation(weights=weights),
             "expected_depth": self.renderer_expected_depth(weights=weights, ray_samples=samples),
         }
@@ -331,17 +313,54 @@ class InfNeRFModel(Model):
         if self.training:
             outputs["weights_list"] = [*weights_list, weights]
             outputs["ray_samples_list"] = [*samples_list, samples]
-            return outputs
-        level = torch.zeros_like(sample_density).index_add(0, routed.order, share * octree.level[routed.node])
-        mean_level = (weights[..., 0] * level.reshape(rays, per_ray)).sum(1) / weights.sum(dim=(1, 2)).clamp(min=1e-6)
-        outputs["level"] = colormaps.apply_colormap((mean_level / max(octree.depth, 1))[:, None].clamp(0, 1))
-        if self.config.render_normals:
-            at = weight_quantiles(weights[..., 0], _NORMALS_PER_RAY).reshape(-1)
-            normals = self.field.normals(positions[at], None if footprints is None else footprints[at])
-            normals = normals.reshape(rays, _NORMALS_PER_RAY, 3)
-            share = outputs["accumulation"][:, None].expand(-1, _NORMALS_PER_RAY, 1) / _NORMALS_PER_RAY
-            outputs["normals"] = self.normals_shader(self.renderer_normals(normals=normals, weights=share)).clamp(0, 1)
+        else:
+            outputs["level"] = self._level_color(routed, share, weights)
+            if self.config.render_normals:
+                outputs["normals"] = self._normal_color(positions, footprints, weights, outputs["accumulation"])
         return outputs
+
+    def _route(
+        self, positions: Float[Tensor, "M 3"], footprints: Float[Tensor, "M"] | None, per_ray: int
+    ) -> tuple[Routed, Float[Tensor, "M2"]]:
+        """The nodes that evaluate the samples, and their shares of them: in training one each, partly coarser than
+        asked; in evaluation two adjacent levels where they are blended."""
+        octree = self.field.octree
+        if footprints is not None and self.config.blend_levels and not self.training:
+            # Training draws the level of a sample from lod + u, u in -1/2..1/2; this blend is its expectation.
+            routed = self.field.route(positions, footprints / math.sqrt(2))
+            share = octree.fraction(octree.level[routed.node], routed.footprints)
+            # Detail fades by the footprint itself.
+            return self.field.with_parents(routed._replace(footprints=footprints[routed.order]), share)
+        coarsen = None
+        if self.training and footprints is not None:
+            octaves = int(self.field.active_level)
+            coarsen = random_coarsening(len(positions) // per_ray, per_ray, self.config.sampler.coarse_share, octaves)
+            coarsen = None if coarsen is None else coarsen.to(positions.device)
+        return self.field.route(positions, footprints, coarsen=coarsen), torch.ones_like(positions[:, 0])
+
+    def _level_color(
+        self, routed: Routed, share: Float[Tensor, "M2"], weights: Float[Tensor, "R S 1"]
+    ) -> Float[Tensor, "R 3"]:
+        """Mean octree level of each ray as a colour, blue = root."""
+        octree = self.field.octree
+        level = share.new_zeros(weights.numel()).index_add(0, routed.order, share * octree.level[routed.node])
+        total = (weights[..., 0] * level.reshape(weights.shape[:2])).sum(1)
+        mean = total / weights.sum(dim=(1, 2)).clamp(min=1e-6)
+        return colormaps.apply_colormap((mean / max(octree.depth, 1))[:, None].clamp(0, 1))
+
+    def _normal_color(
+        self,
+        positions: Float[Tensor, "M 3"],
+        footprints: Float[Tensor, "M"] | None,
+        weights: Float[Tensor, "R S 1"],
+        accumulation: Float[Tensor, "R 1"],
+    ) -> Float[Tensor, "R 3"]:
+        """Mean normal of each ray in 0..1."""
+        at = weight_quantiles(weights[..., 0], _NORMALS_PER_RAY).reshape(-1)
+        normals = self.field.normals(positions[at], None if footprints is None else footprints[at])
+        normals = normals.reshape(len(weights), _NORMALS_PER_RAY, 3)
+        share = accumulation[:, None].expand(-1, _NORMALS_PER_RAY, 1) / _NORMALS_PER_RAY
+        return self.normals_shader(self.renderer_normals(normals=normals, weights=share)).clamp(0, 1)
 
     # -- losses and metrics
 

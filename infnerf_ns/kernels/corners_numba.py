@@ -50,6 +50,14 @@ def grid_of(hash_level, features, scales, resolutions, sizes, offsets, hashed):
 
 
 @nb.njit(inline="always")
+def scratch():
+    """Room for a chunk: local coordinates [3, CHUNK], row of the page [CHUNK], place in the cell [3, CHUNK] and entries
+    of the cell's corners [8, CHUNK]."""
+    local, place = np.empty((3, CHUNK), np.float32), np.empty((3, CHUNK), np.float32)
+    return local, np.empty(CHUNK, np.uintp), place, np.empty((8, CHUNK), np.uint32)
+
+
+@nb.njit(inline="always")
 def corner_entries(local, count, scale, resolution, size, hashed, place, entry):
     """Fills place [3, CHUNK], the place in the cell, and entry [8, CHUNK], the entries of the cell's corners, for the
     first ``count`` samples at local coordinates [3, CHUNK]."""

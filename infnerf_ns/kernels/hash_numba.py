@@ -10,7 +10,7 @@ from __future__ import annotations
 import numba as nb
 import numpy as np
 
-from infnerf_ns.kernels.corners_numba import AHEAD, CHUNK, corner_entries, corner_weight, grid_of, request
+from infnerf_ns.kernels.corners_numba import AHEAD, CHUNK, corner_entries, corner_weight, grid_of, request, scratch
 
 BLOCK_SHIFT = 4
 """log2 of the floats that share one touched flag"""
@@ -72,8 +72,7 @@ def forward(positions, row, bank, out, scales, resolutions, sizes, offsets, hash
     for chunk in nb.prange((len(positions) + CHUNK - 1) // CHUNK):
         start = chunk * CHUNK
         count = min(CHUNK, len(positions) - start)
-        local, place = np.empty((3, CHUNK), np.float32), np.empty((3, CHUNK), np.float32)
-        rows, entry = np.empty(CHUNK, np.uintp), np.empty((8, CHUNK), np.uint32)
+        local, rows, place, entry = scratch()
         _take(positions, row, start, count, local, rows)
         for level in range(len(scales)):
             scale, resolution, size, base, is_hashed = grid_of(
@@ -98,8 +97,7 @@ def backward_bank(
         level = order[task]
         column = level * features
         scale, resolution, size, base, is_hashed = grid_of(level, features, scales, resolutions, sizes, offsets, hashed)
-        local, place = np.empty((3, CHUNK), np.float32), np.empty((3, CHUNK), np.float32)
-        rows, entry = np.empty(CHUNK, np.uintp), np.empty((8, CHUNK), np.uint32)
+        local, rows, place, entry = scratch()
         for start in range(0, len(positions), CHUNK):
             count = min(CHUNK, len(positions) - start)
             _take(positions, row, start, count, local, rows)
@@ -126,8 +124,7 @@ def backward_positions(
     for chunk in nb.prange((len(positions) + CHUNK - 1) // CHUNK):
         start = chunk * CHUNK
         count = min(CHUNK, len(positions) - start)
-        local, place = np.empty((3, CHUNK), np.float32), np.empty((3, CHUNK), np.float32)
-        rows, entry = np.empty(CHUNK, np.uintp), np.empty((8, CHUNK), np.uint32)
+        local, rows, place, entry = scratch()
         total = np.zeros((3, CHUNK), np.float32)
         _take(positions, row, start, count, local, rows)
         for level in range(len(scales)):

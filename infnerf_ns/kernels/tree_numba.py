@@ -15,7 +15,7 @@ import math
 import numba as nb
 import numpy as np
 
-from infnerf_ns.kernels.corners_numba import AHEAD, CHUNK, corner_entries, grid_of, request
+from infnerf_ns.kernels.corners_numba import AHEAD, CHUNK, corner_entries, grid_of, request, scratch
 from infnerf_ns.kernels.hash_numba import interpolate, scatter, write
 
 _SATURATED = 4.0
@@ -73,8 +73,7 @@ def encode(
     for chunk in nb.prange((len(unit) - start + CHUNK - 1) // CHUNK):
         begin = start + chunk * CHUNK
         count = min(CHUNK, len(unit) - begin)
-        local, place = np.empty((3, CHUNK), np.float32), np.empty((3, CHUNK), np.float32)
-        row, entry = np.empty(CHUNK, np.uintp), np.empty((8, CHUNK), np.uint32)
+        local, row, place, entry = scratch()
         inverse = np.empty(CHUNK, np.float32)
         for i in range(count):
             node = path[begin + i, level]
@@ -118,8 +117,7 @@ def encode_backward(
             hash_level, features, scales, resolutions, sizes, offsets, hashed
         )
         first_column = column + hash_level * features
-        local, place = np.empty((3, CHUNK), np.float32), np.empty((3, CHUNK), np.float32)
-        row, entry = np.empty(CHUNK, np.uintp), np.empty((8, CHUNK), np.uint32)
+        local, row, place, entry = scratch()
         sample = np.empty(CHUNK, np.int64)
         for begin in range(start, len(unit), CHUNK):
             count = 0
@@ -149,8 +147,7 @@ def add_sum(unit, path, level, first, coords, bank, out, scales, resolutions, si
     """Adds to out [M] the sum over the hash levels of each sample's node at this octree level; one feature each."""
     for chunk in nb.prange((len(unit) + CHUNK - 1) // CHUNK):
         begin = chunk * CHUNK
-        local, place = np.empty((3, CHUNK), np.float32), np.empty((3, CHUNK), np.float32)
-        row, entry = np.empty(CHUNK, np.uintp), np.empty((8, CHUNK), np.uint32)
+        local, row, place, entry = scratch()
         sample = np.empty(CHUNK, np.int64)
         total = np.zeros(CHUNK, np.float32)
         count = 0
@@ -183,8 +180,7 @@ def add_sum_backward(
         hash_level = order[task // parts]
         part = task % parts
         scale, resolution, size, base, is_hashed = grid_of(hash_level, 1, scales, resolutions, sizes, offsets, hashed)
-        local, place = np.empty((3, CHUNK), np.float32), np.empty((3, CHUNK), np.float32)
-        row, entry = np.empty(CHUNK, np.uintp), np.empty((8, CHUNK), np.uint32)
+        local, row, place, entry = scratch()
         sample = np.empty(CHUNK, np.int64)
         for begin in range(0, len(unit), CHUNK):
             count = 0
