@@ -28,6 +28,7 @@ from infnerf_ns.kernels import (
     path_features,
     path_sum,
 )
+from infnerf_ns.kernels.corners_numba import AHEAD, CHUNK, prefetch
 from infnerf_ns.octree import Octree, RootCube, build_octree
 from infnerf_ns.pages import PageLayout
 from infnerf_ns.sampler import SamplerConfig
@@ -131,7 +132,8 @@ class Speed:
             entries = np.stack(first)[..., None] + np.arange(2)
             page = np.random.randint(0, len(bank), (1, count, 1)) * layout.page_size
             index = entries.reshape(len(first), count, 8) * layout.features + page
-            values, gradients = bank.detach().numpy().reshape(-1), np.zeros(bank.numel(), np.float32)
+            values = bank.detach().numpy().reshape(1, -1)
+            gradients = np.zeros_like(values)
             parts.append((values, gradients, index, (0,) * layout.features))
         out = np.zeros(count, np.float32)
 
@@ -181,23 +183,37 @@ def _of_peak(operations: int, times: np.ndarray, peak: float) -> str:
     return f"{rate / 1e9:.0f} GFLOP/s, {100 * rate / peak:.0f} % of the matrix product"
 
 
+@nb.njit(inline="always")
+def _request(values, entries):
+    """The probe asks ahead as the kernels do."""
+    for corner in range(8):
+        prefetch(values, np.uintp(0), np.uintp(entries[corner]))
+
+
 @nb.njit(parallel=True, fastmath=True, boundscheck=False)
 def _probe_read(values, index, out, feature_axis):
-    for p in nb.prange(index.shape[1]):
-        total = np.float32(0)
+    count = index.shape[1]
+    for chunk in nb.prange((count + CHUNK - 1) // CHUNK):
+        stop = min(count, (chunk + 1) * CHUNK)
         for level in range(index.shape[0]):
-            for corner in range(8):
-                entry = np.uintp(index[level, p, corner])
-                for f in range(len(feature_axis)):
-                    total += values[entry + np.uintp(f)]
-        out[p] = total
+            for p in range(chunk * CHUNK, stop):
+                if p + AHEAD < stop:
+                    _request(values, index[level, p + AHEAD])
+                total = np.float32(0)
+                for corner in range(8):
+                    entry = np.uintp(index[level, p, corner])
+                    for f in range(len(feature_axis)):
+                        total += values[0, entry + np.uintp(f)]
+                out[p] = total
 
 
 @nb.njit(parallel=True, fastmath=True, boundscheck=False)
 def _probe_add(gradients, index, feature_axis):
     for level in nb.prange(index.shape[0]):
         for p in range(index.shape[1]):
+            if p + AHEAD < index.shape[1]:
+                _request(gradients, index[level, p + AHEAD])
             for corner in range(8):
                 entry = np.uintp(index[level, p, corner])
                 for f in range(len(feature_axis)):
-                    gradients[entry + np.uintp(f)] += np.float32(1)
+                    gradients[0, entry + np.uintp(f)] += np.float32(1)
