@@ -4,9 +4,11 @@ import tyro
 
 from infnerf_ns.cli.bench_nodes import Nodes
 from infnerf_ns.cli.bench_quality import Quality
+from infnerf_ns.cli.bench_scaling import Scaling
 from infnerf_ns.cli.bench_speed import Speed
 
 
 def entrypoint() -> None:
     """The console script."""
-    tyro.extras.subcommand_cli_from_dict({"quality": Quality, "speed": Speed, "nodes": Nodes}).main()
+    commands = {"quality": Quality, "scaling": Scaling, "speed": Speed, "nodes": Nodes}
+    tyro.extras.subcommand_cli_from_dict(commands).main()

@@ -12,13 +12,13 @@ from time import perf_counter
 import numpy as np
 import torch
 from nerfstudio.cameras.rays import RayBundle
-from nerfstudio.data.scene_box import SceneBox
 from rich.progress import track
+from torch import Tensor
 
 from infnerf_ns.cli.bench_machine import describe_machine
+from infnerf_ns.cli.bench_trainer import StepTrainer
 from infnerf_ns.data.sfm import SfMScene
-from infnerf_ns.model import InfNeRFModel, InfNeRFModelConfig
-from infnerf_ns.training.optimizer import NodeAdam
+from infnerf_ns.model import InfNeRFModelConfig
 
 
 @dataclass
@@ -36,12 +36,13 @@ class Nodes:
 
     def main(self) -> None:
         """Prints a row per tree: nodes, median step time and its spread, ratio to the first tree."""
-        trainers = [_Trainer(level, self.rays) for level in self.levels]
+        trainers = [_full_tree(level) for level in self.levels]
         times: list[list[float]] = [[] for _ in trainers]
         for step in track(range(self.warm_up + self.steps), description="training", transient=True):
             for trainer, row in zip(trainers, times):
+                rays, batch = _random_rays(step, self.rays)
                 start = perf_counter()
-                trainer.step(step)
+                trainer.step(step, rays, batch)
                 if step >= self.warm_up:
                     row.append(perf_counter() - start)
         print(describe_machine())
@@ -54,48 +55,29 @@ class Nodes:
             print(f"{nodes:5d}   {1e3 * middle:6.1f} ({1e3 * low:.1f} to {1e3 * high:.1f})   {middle / first:14.2f}")
 
 
-class _Trainer:
-    """A model with a tree full to one level, and its optimizers."""
+def _full_tree(level: int) -> StepTrainer:
+    """A model with a tree full to one level."""
+    generator = torch.Generator().manual_seed(0)
+    points = torch.rand(200 * 8**level, 3, generator=generator) * 2 - 1
+    count = len(points)
+    scene = SfMScene(points, torch.full((count,), 1e-9), torch.full((count,), 9), near=0.5, source="tracks")
+    config = InfNeRFModelConfig()
+    config.octree.max_level, config.octree.level_start_steps, config.octree.trim = level, 0, 0.0
+    config.losses.inter_level = config.losses.transparency = 0.0
+    return StepTrainer(config, scene, num_photos=8)
 
-    def __init__(self, level: int, rays: int) -> None:
-        generator = torch.Generator().manual_seed(0)
-        points = torch.rand(200 * 8**level, 3, generator=generator) * 2 - 1
-        count = len(points)
-        scene = SfMScene(points, torch.full((count,), 1e-9), torch.full((count,), 9), near=0.5, source="tracks")
-        config = InfNeRFModelConfig()
-        config.octree.max_level, config.octree.level_start_steps, config.octree.trim = level, 0, 0.0
-        config.losses.inter_level = config.losses.transparency = 0.0
-        box = SceneBox(torch.tensor([[-1.0] * 3, [1.0] * 3]))
-        self.model: InfNeRFModel = config.setup(
-            scene_box=box, num_train_data=8, metadata={"sfm_scene": scene}, device="cpu", grad_scaler=None
-        )
-        self.model.train()
-        self.optimizers = [
-            NodeAdam(group) if name != "appearance" else torch.optim.Adam(group)
-            for name, group in self.model.get_param_groups().items()
-        ]
-        (self.callback,) = self.model.get_training_callbacks(None)  # type: ignore[arg-type]
-        self.rays = rays
 
-    def step(self, step: int) -> None:
-        """One step on random rays that pass through the cube, with footprints that ask for the finest level."""
-        generator = torch.Generator().manual_seed(step)
-        origins = torch.nn.functional.normalize(torch.randn(self.rays, 3, generator=generator), dim=-1) * 2.5
-        targets = torch.rand(self.rays, 3, generator=generator) - 0.5
-        directions = torch.nn.functional.normalize(targets - origins, dim=-1)
-        bundle = RayBundle(
-            origins,
-            directions,
-            pixel_area=torch.full((self.rays, 1), 1e-9),
-            camera_indices=torch.zeros(self.rays, 1, dtype=torch.long),
-            metadata={},
-        )
-        self.callback.func(step=step)
-        batch = {"image": targets + 0.5}
-        for optimizer in self.optimizers:
-            optimizer.zero_grad()
-        outputs = self.model(bundle)
-        losses = self.model.get_loss_dict(outputs, batch, self.model.get_metrics_dict(outputs, batch))
-        torch.stack(list(losses.values())).sum().backward()
-        for optimizer in self.optimizers:
-            optimizer.step()
+def _random_rays(step: int, count: int) -> tuple[RayBundle, dict[str, Tensor]]:
+    """Rays that pass through the cube, with footprints that ask for the finest level, and colours."""
+    generator = torch.Generator().manual_seed(step)
+    origins = torch.nn.functional.normalize(torch.randn(count, 3, generator=generator), dim=-1) * 2.5
+    targets = torch.rand(count, 3, generator=generator) - 0.5
+    directions = torch.nn.functional.normalize(targets - origins, dim=-1)
+    bundle = RayBundle(
+        origins,
+        directions,
+        pixel_area=torch.full((count, 1), 1e-9),
+        camera_indices=torch.zeros(count, 1, dtype=torch.long),
+        metadata={},
+    )
+    return bundle, {"image": targets + 0.5}

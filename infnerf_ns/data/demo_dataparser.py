@@ -26,7 +26,8 @@ from infnerf_ns.footprint import point_footprint
 
 METRES_PER_UNIT = 40.0
 """One unit of the scene, whatever the size of the town."""
-_MAX_SIZE = 64
+MAX_SIZE = 64
+"""Blocks per side of the largest town."""
 _MIN_PHOTOS = 8
 
 
@@ -78,35 +79,47 @@ class InfNeRFDemoDataParser(DataParser):
         )
         cache_dir = config.cache_dir or Path(appdirs.user_cache_dir("infnerf_ns")) / "demo"
         scene = load_or_generate(options, Path(cache_dir))
-        is_train = np.arange(len(scene.photos)) % config.eval_interval != config.eval_interval // 2
-        chosen = np.nonzero(is_train if split == "train" else ~is_train)[0]
-        poses = torch.from_numpy(scene.poses[chosen].copy())
-        poses[:, :, 3] /= METRES_PER_UNIT
-        lens = options.lens
-        cameras = Cameras(
-            camera_to_worlds=poses,
-            fx=lens.focal,
-            fy=lens.focal,
-            cx=lens.width / 2,
-            cy=lens.height / 2,
-            width=lens.width,
-            height=lens.height,
-            camera_type=CameraType.PERSPECTIVE,
-        )
-        half = (config.size * BLOCK / 2 + 10) / METRES_PER_UNIT
-        return DataparserOutputs(
-            image_filenames=[scene.photos[i] for i in chosen],
-            cameras=cameras,
-            scene_box=SceneBox(aabb=torch.tensor([[-half, -half, -half], [half, half, half]], dtype=torch.float32)),
-            dataparser_scale=1 / METRES_PER_UNIT,
-            metadata=_point_metadata(scene, is_train) if config.load_3D_points else {},
-        )
+        return scene_outputs(scene, split, config.eval_interval, points=config.load_3D_points)
+
+
+def scene_outputs(scene: DemoScene, split: str, eval_interval: int, points: bool = True) -> DataparserOutputs:
+    """A split of a town in scene units: cameras, photos (where the scene has any) and surface points.
+
+    Args:
+        scene: the town.
+        split: ``train``; anything else gives the held-out photos.
+        eval_interval: every so manieth photo is held out.
+        points: hand over the points that the training photos see.
+    """
+    is_train = np.arange(len(scene.poses)) % eval_interval != eval_interval // 2
+    chosen = np.nonzero(is_train if split == "train" else ~is_train)[0]
+    poses = torch.from_numpy(scene.poses[chosen].copy())
+    poses[:, :, 3] /= METRES_PER_UNIT
+    lens = scene.options.lens
+    cameras = Cameras(
+        camera_to_worlds=poses,
+        fx=lens.focal,
+        fy=lens.focal,
+        cx=lens.width / 2,
+        cy=lens.height / 2,
+        width=lens.width,
+        height=lens.height,
+        camera_type=CameraType.PERSPECTIVE,
+    )
+    half = (scene.options.size * BLOCK / 2 + 10) / METRES_PER_UNIT
+    return DataparserOutputs(
+        image_filenames=[scene.photos[i] for i in chosen] if scene.photos else [],
+        cameras=cameras,
+        scene_box=SceneBox(aabb=torch.tensor([[-half, -half, -half], [half, half, half]], dtype=torch.float32)),
+        dataparser_scale=1 / METRES_PER_UNIT,
+        metadata=_point_metadata(scene, is_train) if points else {},
+    )
 
 
 def _check(config: InfNeRFDemoDataParserConfig) -> None:
     """Raise :class:`InputError` for the first option that makes no sense."""
-    if not 1 <= config.size <= _MAX_SIZE:
-        raise InputError(f"--size {config.size} blocks per side cannot be built: choose 1 to {_MAX_SIZE}")
+    if not 1 <= config.size <= MAX_SIZE:
+        raise InputError(f"--size {config.size} blocks per side cannot be built: choose 1 to {MAX_SIZE}")
     if config.seed < 0:
         raise InputError(f"--seed {config.seed} is negative: choose 0 or more")
     if config.num_photos and config.num_photos < _MIN_PHOTOS:

@@ -9,6 +9,7 @@ Lengths are metres, z is up, the middle of the town is the origin. Nothing here 
 - ``raycaster``, ``photographer``: rays, light, photos
 - ``flight``: where the drone goes
 - ``points``: surface points and which photos see them
+- ``survey``: all that there is before the first photo is taken
 - ``cache``: all of it on disk, written atomically
 """
 

@@ -8,13 +8,9 @@ that make the same scene at once, the second to finish drops its own.
 from __future__ import annotations
 
 import json
-import os
 import shutil
 import uuid
 import zlib
-from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -24,18 +20,10 @@ from nerfstudio.utils.rich_utils import CONSOLE
 from PIL import Image
 from rich.progress import track
 
-from infnerf_ns.data.demo_scene.flight import natural_count, plan_flight
+from infnerf_ns.data.demo_scene.flight import natural_count
 from infnerf_ns.data.demo_scene.photographer import Lens, Photographer
-from infnerf_ns.data.demo_scene.points import (
-    MAX_POINTS,
-    POINTS_PER_PHOTO,
-    CulledPoints,
-    SurfacePoints,
-    distinct,
-    pick_points,
-)
-from infnerf_ns.data.demo_scene.raycaster import make_raycaster
-from infnerf_ns.data.demo_scene.town import BLOCK, build_town
+from infnerf_ns.data.demo_scene.points import SurfacePoints
+from infnerf_ns.data.demo_scene.survey import Survey, threads
 from infnerf_ns.errors import InputError
 
 FORMAT = 1
@@ -137,56 +125,27 @@ def _publish(options: DemoSceneOptions, draft: Path, folder: Path) -> DemoScene:
 
 
 def _generate(options: DemoSceneOptions, folder: Path) -> None:
-    town = build_town(options.size, options.seed)
-    rays = make_raycaster(town.mesh.corners)
-    poses, look_distance = plan_flight(town, rays, options.num_photos, options.seed)
-    photographer = Photographer(town, rays, options.lens, options.supersampling)
-    per_photo = min(POINTS_PER_PHOTO, max(MAX_POINTS // options.num_photos, 40))
+    survey = Survey(options.size, options.seed, options.num_photos, options.lens)
+    photographer = Photographer(survey.town, survey.rays, options.lens, options.supersampling)
 
     def take(i: int):
-        photo = photographer.photo(poses[i])
+        photo = photographer.photo(survey.poses[i])
         path = folder / f"{i:05d}.png"
         Image.fromarray(photo).save(path)
-        rng = np.random.default_rng([options.seed, i, 2])
-        picked = pick_points(rays, options.lens, poses[i], photo, per_photo, rng)
-        return {"name": path.name, **_fingerprint(path)}, picked
+        picked = survey.pick(i)
+        return {"name": path.name, **_fingerprint(path)}, picked, photo[picked.row, picked.column]
 
     everything = range(options.num_photos)
-    title = f"Photographing the demo town ({len(town.mesh.corners)} triangles)"
-    with _threads() as pool:
+    title = f"Photographing the demo town ({len(survey.town.mesh.corners)} triangles)"
+    with threads() as pool:
         taken = list(track(pool.map(take, everything), title, total=len(everything), console=CONSOLE))
-        photos = [entry for entry, _ in taken]
-        xyz, rgb, pixel = (np.concatenate([picked[k] for _, picked in taken]) for k in range(3))
-        source = np.repeat(np.arange(len(taken), dtype=np.int32), [len(picked[0]) for _, picked in taken])
-        keep = distinct(xyz, pixel)
-        xyz, rgb, source = xyz[keep], rgb[keep], source[keep]
-        culled = CulledPoints(xyz, BLOCK)
-        seen = list(pool.map(lambda i: culled.seen_from(rays, options.lens, poses[i]), everything))
-    np.savez(
-        folder / "scene.npz",
-        poses=poses,
-        look_distance=look_distance,
-        xyz=xyz,
-        rgb=rgb,
-        source=source,
-        seen_point=np.concatenate(seen),
-        seen_photo=np.repeat(np.arange(len(seen), dtype=np.int32), [len(s) for s in seen]),
-    )
+        photos, picked, rgb = (list(column) for column in zip(*taken))
+        points = survey.points(picked, rgb, pool)
+    np.savez(folder / "scene.npz", poses=survey.poses, look_distance=survey.look_distance, **vars(points))
     arrays = _fingerprint(folder / "scene.npz")
     (folder / "scene.json").write_text(
         json.dumps({"format": FORMAT, "options": asdict(options), "arrays": arrays, "photos": photos}, indent=1)
     )
-
-
-@contextmanager
-def _threads() -> Iterator[ThreadPoolExecutor]:
-    """A thread per processor; an error or Ctrl-C drops what has not begun."""
-    with ThreadPoolExecutor(os.cpu_count() or 1) as pool:
-        try:
-            yield pool
-        except BaseException:
-            pool.shutdown(wait=False, cancel_futures=True)
-            raise
 
 
 def _fingerprint(path: Path) -> dict[str, int]:

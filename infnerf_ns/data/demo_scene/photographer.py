@@ -11,7 +11,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import numpy as np
-from jaxtyping import Float32, UInt8
+from jaxtyping import Float32, Int64, UInt8
 
 from infnerf_ns.data.demo_scene.materials import reflectance
 from infnerf_ns.data.demo_scene.raycaster import RayCaster
@@ -59,19 +59,32 @@ class Photographer:
             bottom = min(top + rows_at_once, lens.height)
             y = (np.arange(top * k, bottom * k, dtype=np.float32) + 0.5) / k
             grid_x, grid_y = np.meshgrid(x, y)
-            directions = lens.directions(grid_x, grid_y).reshape(-1, 3)
-            values = self._samples(camera_to_world, directions)
+            ray = lens.directions(grid_x, grid_y).reshape(-1, 3) @ camera_to_world[:, :3].T
+            values = self._samples(np.broadcast_to(camera_to_world[:, 3], ray.shape), ray.astype(np.float32))
             columns = values.reshape(bottom - top, k, lens.width * k, 3).sum(1)
             total = columns.reshape(bottom - top, lens.width, k, 3).sum(2)
             photo[top:bottom] = np.round(total * np.float32(255 / k**2)).astype(np.uint8)
         return photo
 
+    def pixels(
+        self,
+        camera_to_world: Float32[np.ndarray, "n 3 4"],
+        row: Int64[np.ndarray, "n"],
+        column: Int64[np.ndarray, "n"],
+    ) -> UInt8[np.ndarray, "n 3"]:
+        """Single pixels of n photos: what :meth:`photo` of each camera shows at that row and column."""
+        k = self.supersampling
+        step = (np.arange(k, dtype=np.float32) + 0.5) / k
+        y, x = (np.asarray(at, np.float32)[:, None, None] for at in (row, column))
+        directions = self.lens.directions(*np.broadcast_arrays(x + step, y + step[:, None])).reshape(-1, 3)
+        pose = np.repeat(camera_to_world, k * k, axis=0)
+        values = self._samples(pose[:, :, 3], np.einsum("nij,nj->ni", pose[:, :, :3], directions))
+        return np.round(values.reshape(-1, k * k, 3).sum(1) * np.float32(255 / k**2)).astype(np.uint8)
+
     def _samples(
-        self, camera_to_world: Float32[np.ndarray, "3 4"], directions: Float32[np.ndarray, "n 3"]
+        self, origins: Float32[np.ndarray, "n 3"], ray: Float32[np.ndarray, "n 3"]
     ) -> Float32[np.ndarray, "n 3"]:
-        """Pixel values in 0..1 of single rays; the directions are in camera space with depth 1."""
-        ray = (directions @ camera_to_world[:, :3].T).astype(np.float32)
-        origins = np.broadcast_to(camera_to_world[:, 3], ray.shape)
+        """Pixel values in 0..1 of single rays; the directions have depth 1 in the frame of their camera."""
         triangle, depth = self.rays.cast(origins, ray)
         hit = triangle >= 0
         if hit.all():

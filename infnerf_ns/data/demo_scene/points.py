@@ -6,9 +6,10 @@ The points carry no noise: real ones err by a fraction of a pixel.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
-from jaxtyping import Bool, Float32, Int32, UInt8
+from jaxtyping import Bool, Float32, Int32, Int64, UInt8
 
 from infnerf_ns.data.demo_scene.photographer import Lens
 from infnerf_ns.data.demo_scene.raycaster import RayCaster
@@ -30,15 +31,25 @@ class SurfacePoints:
     seen_photo: Int32[np.ndarray, "pairs"]
 
 
+class PickedPoints(NamedTuple):
+    """Surface points behind pixels of one photo."""
+
+    xyz: Float32[np.ndarray, "n 3"]
+    """Metres."""
+    row: Int64[np.ndarray, "n"]
+    column: Int64[np.ndarray, "n"]
+    pixel_size: Float32[np.ndarray, "n"]
+    """Of a pixel at the point's depth, metres."""
+
+
 def pick_points(
     rays: RayCaster,
     lens: Lens,
     pose: Float32[np.ndarray, "3 4"],
-    photo: UInt8[np.ndarray, "h w 3"],
     count: int,
     rng: np.random.Generator,
-) -> tuple[Float32[np.ndarray, "n 3"], UInt8[np.ndarray, "n 3"], Float32[np.ndarray, "n"]]:
-    """The surface behind up to ``count`` pixels of a photo: positions, colours, size of a pixel there (metres)."""
+) -> PickedPoints:
+    """The surface behind up to ``count`` pixels of a photo."""
     chosen = rng.choice(lens.width * lens.height, min(count, lens.width * lens.height), replace=False)
     row, column = np.divmod(np.sort(chosen), lens.width)
     directions = lens.directions(column.astype(np.float32) + 0.5, row.astype(np.float32) + 0.5) @ pose[:, :3].T
@@ -46,7 +57,7 @@ def pick_points(
     triangle, depth = rays.cast(origins, directions)
     hit = triangle >= 0
     xyz = (origins + directions * depth[:, None])[hit].astype(np.float32)
-    return xyz, photo[row[hit], column[hit]], depth[hit] / np.float32(lens.focal)
+    return PickedPoints(xyz, row[hit], column[hit], depth[hit] / np.float32(lens.focal))
 
 
 def distinct(xyz: Float32[np.ndarray, "n 3"], pixel_size: Float32[np.ndarray, "n"]) -> Bool[np.ndarray, "n"]:

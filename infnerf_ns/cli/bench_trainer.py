@@ -1,0 +1,78 @@
+"""A model that takes training steps on given rays, as the trainer does, without data manager, schedules and logs."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, TypeAlias
+
+import torch
+from nerfstudio.cameras.rays import RayBundle
+from nerfstudio.data.scene_box import SceneBox
+from torch import Tensor
+
+from infnerf_ns.data.sfm import SfMScene
+from infnerf_ns.model import InfNeRFModel, InfNeRFModelConfig
+from infnerf_ns.training.level_groups import expand_optimizers
+from infnerf_ns.training.optimizer import NodeAdam
+from infnerf_ns.training.stability import gradients_finite
+
+Loss: TypeAlias = Callable[[dict[str, Any], dict[str, Tensor]], Tensor]
+
+
+class StepTrainer:
+    """A model on the CPU and its optimizers.
+
+    Args:
+        config: of the model; its ``level_start_steps`` 0 starts all octree levels at once.
+        scene: what the tree is built from.
+        num_photos: number of appearance codes.
+        optimizers: settings by kind of parameter, as in a preset; by default NodeAdam's own.
+    """
+
+    def __init__(
+        self, config: InfNeRFModelConfig, scene: SfMScene, num_photos: int, optimizers: dict[str, Any] | None = None
+    ) -> None:
+        box = SceneBox(torch.tensor([[-1.0] * 3, [1.0] * 3]))
+        self.model: InfNeRFModel = config.setup(
+            scene_box=box, num_train_data=num_photos, metadata={"sfm_scene": scene}, device="cpu", grad_scaler=None
+        )
+        self.model.train()
+        groups = self.model.get_param_groups()
+        if optimizers is None:
+            self.optimizers = [
+                NodeAdam(group) if name != "appearance" else torch.optim.Adam(group) for name, group in groups.items()
+            ]
+        else:
+            settings = expand_optimizers(optimizers, groups, level_lr_factor=1.0, total_steps=1)
+            self.optimizers = [settings[name]["optimizer"].setup(params=group) for name, group in groups.items()]
+        (self._callback,) = self.model.get_training_callbacks(None)  # type: ignore[arg-type]
+
+    def step(self, step: int, rays: RayBundle, batch: dict[str, Tensor], extra_loss: Loss | None = None) -> None:
+        """Forward, losses, backward, the check of the gradients, optimizers.
+
+        Args:
+            step: of the training, for the schedules.
+            rays: R rays.
+            batch: with ``image [R, 3]``.
+            extra_loss: of the model's outputs and the batch, added to the model's own.
+        """
+        self.backward(step, rays, batch, extra_loss)
+        if not gradients_finite(self.model.parameters()):
+            raise ValueError(f"step {step}: a gradient is not finite")
+        for optimizer in self.optimizers:
+            optimizer.step()
+
+    def backward(self, step: int, rays: RayBundle, batch: dict[str, Tensor], extra_loss: Loss | None = None) -> None:
+        """The same without the update: only gradients."""
+        self._callback.func(step=step)
+        self.zero_grad()
+        outputs = self.model(rays)
+        losses = self.model.get_loss_dict(outputs, batch, self.model.get_metrics_dict(outputs, batch))
+        if extra_loss is not None:
+            losses["extra_loss"] = extra_loss(outputs, batch)
+        torch.stack(list(losses.values())).sum().backward()
+
+    def zero_grad(self) -> None:
+        """Clears all gradients."""
+        for optimizer in self.optimizers:
+            optimizer.zero_grad()
