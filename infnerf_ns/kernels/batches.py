@@ -16,7 +16,7 @@ class Groups(NamedTuple):
     level: Int[Tensor, "G"]
     """octree level, not falling: which bank holds the group's weights"""
     row: Int[Tensor, "G"]
-    """row in that bank"""
+    """row in that bank; no two groups of a level share one"""
     used_inputs: Int[Tensor, "G"]
     """leading inputs that can differ from zero (a promise that saves work)"""
 

@@ -190,17 +190,18 @@ def backward(
     used_inputs,
     grad_out,
     grad_inputs,
-    grad_groups,
+    grad_bank,
     edge_groups,
     edges,
     threads,
     want_inputs,
+    want_weights,
 ):
-    """Adds weight gradients and writes grad_inputs [P, in].
+    """Adds weight gradients and writes grad_inputs [P, in], where they are wanted.
 
-    A group whose tiles all belong to one thread is added to ``grad_groups [G, size]`` directly; a thread's first and
-    last group may be shared with a neighbour and go to ``edges [threads, 2, size]`` with their numbers in ``edge_groups
-    [threads, 2]``.
+    The gradient of a group whose tiles all belong to one thread is added to ``grad_bank [N, page]`` as it comes; a
+    thread's first and last group may be shared with a neighbour and go to ``edges [threads, 2, size]`` with their
+    numbers in ``edge_groups [threads, 2]``.
     """
     layers = len(widths) - 1
     tiles = len(tile_group)
@@ -212,13 +213,21 @@ def backward(
         delta_next = np.empty((TILE, widest), np.float32)
         transposed = np.zeros((layers, widest, widest), np.float32)
         narrow = np.empty((NARROW, widest), np.float32)
-        total = np.zeros(size, np.float32)
         first_tile, last_tile = tiles * thread // threads, tiles * (thread + 1) // threads
         for t in range(first_tile, last_tile):
             group = tile_group[t]
             a, b = tile_start[t], tile_stop[t]
             n = b - a
             if t == first_tile or tile_group[t - 1] != group:
+                last = t
+                while last + 1 < tiles and tile_group[last + 1] == group:
+                    last += 1
+                shared_before = t == first_tile and t > 0 and tile_group[t - 1] == group
+                total = grad_bank[rows[group], offset : offset + size] if want_weights else edges[thread, 0]
+                if want_weights and (shared_before or last >= last_tile):
+                    side = 0 if t == first_tile else 1
+                    edge_groups[thread, side] = group
+                    total = edges[thread, side]
                 position = offset
                 for layer in range(layers):
                     weight = _weights(bank, rows[group], position, widths[layer], widths[layer + 1])
@@ -244,7 +253,8 @@ def backward(
                 end -= fan_in * fan_out
                 gradient = total[end : end + fan_in * fan_out].reshape(fan_in, fan_out)
                 if layer == 0:
-                    _outer(inputs[a:b], delta, n, used, fan_out, gradient)
+                    if want_weights:
+                        _outer(inputs[a:b], delta, n, used, fan_out, gradient)
                     if want_inputs:
                         # Whole vectors: the columns beyond the inputs are zero in the transposed weights.
                         padded = min((used + VECTOR - 1) // VECTOR * VECTOR, widest)
@@ -255,9 +265,9 @@ def backward(
                             for i in range(used, fan_in):
                                 grad_inputs[a + s, i] = np.float32(0)
                 else:
-                    if fan_out < NARROW:
+                    if want_weights and fan_out < NARROW:
                         _narrow_outer(acts[layer - 1], delta, n, used, fan_out, gradient, narrow)
-                    else:
+                    elif want_weights:
                         _outer(acts[layer - 1], delta, n, used, fan_out, gradient)
                     _product(delta, transposed[layer], n, fan_out, used, delta_next)
                     for s in range(n):
@@ -265,19 +275,6 @@ def backward(
                             if acts[layer - 1, s, i] <= 0:
                                 delta_next[s, i] = np.float32(0)
                     delta, delta_next = delta_next, delta
-            if t == last_tile - 1 or tile_group[t + 1] != group:
-                starts_here = tile_group[first_tile] != group
-                ends_here = tile_group[last_tile - 1] != group
-                if starts_here and ends_here:
-                    for k in range(size):
-                        grad_groups[group, k] += total[k]
-                else:
-                    side = 1 if starts_here else 0
-                    edge_groups[thread, side] = group
-                    for k in range(size):
-                        edges[thread, side, k] = total[k]
-                for k in range(size):
-                    total[k] = np.float32(0)
 
 
 @nb.njit(cache=True)

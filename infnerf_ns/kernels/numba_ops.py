@@ -252,41 +252,39 @@ class _GroupedMLP(torch.autograd.Function):
         grad_inputs = torch.empty_like(inputs if want_inputs else inputs[:0])
         returned: list[Tensor | None] = [None] * len(ctx.banks)
         for each in ctx.levels:
-            weights = _mlp_gradient(
-                ctx, each, flat(inputs)[each.samples], flat(grad_out)[each.samples],
-                grad_inputs.numpy()[each.samples], want_inputs,
-            )  # fmt: skip
+            target = None
             if ctx.needs_input_grad[4 + each.level]:
-                returned[each.level] = _add_to_pages(ctx.banks[each.level], each.rows, ctx.offset, weights)
+                target = _target(ctx.banks[each.level])
+                returned[each.level] = target.returned
+            samples = flat(inputs)[each.samples], flat(grad_out)[each.samples]
+            _mlp_backward(ctx, each, *samples, grad_inputs.numpy()[each.samples], want_inputs, target)
         return (grad_inputs if want_inputs else None, None, None, None, *returned)
 
 
-def _mlp_gradient(
-    ctx, each: _LevelOfGroups, inputs: np.ndarray, grad_out: np.ndarray, grad_inputs: np.ndarray, want_inputs: bool
-) -> np.ndarray:
-    """Writes the gradient of one level's inputs and returns that of its groups' weights [G, size]."""
-    size, threads = mlp_page_size(ctx.widths), numba.get_num_threads()
-    grad_groups = np.zeros((len(each.rows), size), np.float32)
+def _mlp_backward(
+    ctx,
+    each: _LevelOfGroups,
+    inputs: np.ndarray,
+    grad_out: np.ndarray,
+    grad_inputs: np.ndarray,
+    want_inputs: bool,
+    target: _Target | None,
+) -> None:
+    """Writes the gradient of one level's inputs and adds that of its weights to the target, if there is one."""
+    size, threads, offset = mlp_page_size(ctx.widths), numba.get_num_threads(), ctx.offset
     edge_groups = np.full((threads, 2), -1, np.int64)
     edges = np.zeros((threads, 2, size), np.float32)
+    grad_bank = edges[0] if target is None else target.grad
     with numba_lock:
         mlp_numba.backward(
-            inputs, *each.tiles, each.rows, flat(ctx.banks[each.level]), ctx.offset, np.array(ctx.widths), each.used,
-            grad_out, grad_inputs, grad_groups, edge_groups, edges, threads, want_inputs,
+            inputs, *each.tiles, each.rows, flat(ctx.banks[each.level]), offset, np.array(ctx.widths), each.used,
+            grad_out, grad_inputs, grad_bank, edge_groups, edges, threads, want_inputs, target is not None,
         )  # fmt: skip
-    for thread in range(threads):
-        for side in range(2):
-            if edge_groups[thread, side] >= 0:
-                grad_groups[edge_groups[thread, side]] += edges[thread, side]
-    return grad_groups
-
-
-def _add_to_pages(bank: Tensor, rows: np.ndarray, offset: int, weights: np.ndarray) -> Tensor | None:
-    """Adds gradients [G, size] to the bank's; returns what autograd is given."""
-    target = _target(bank)
-    end = offset + weights.shape[1]
-    pages = torch.from_numpy(target.grad)[:, offset:end]
-    pages.index_add_(0, torch.from_numpy(rows), torch.from_numpy(weights))
-    target.rows[rows] = 1
-    target.touched[rows, offset >> hash_numba.BLOCK_SHIFT : ((end - 1) >> hash_numba.BLOCK_SHIFT) + 1] = 1
-    return target.returned
+    if target is None:
+        return
+    for group, gradient in zip(edge_groups.reshape(-1), edges.reshape(-1, size)):
+        if group >= 0:
+            target.grad[each.rows[group], offset : offset + size] += gradient
+    target.rows[each.rows] = 1
+    last = (offset + size - 1) >> hash_numba.BLOCK_SHIFT
+    target.touched[each.rows, offset >> hash_numba.BLOCK_SHIFT : last + 1] = 1
