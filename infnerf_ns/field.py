@@ -76,7 +76,8 @@ class FieldConfig:
     """Strength of Zip-NeRF's down-weighting of hash levels finer than the sample's footprint (0: off; larger:
     sharper)."""
     backend: Backend = "auto"
-    """Kernel backend; auto takes numba on a CPU, and on CUDA the first of triton, tcnn and torch that is installed."""
+    """Who evaluates grids and decoders; auto takes numba on a CPU, and on CUDA the first of triton, tcnn and torch that
+    is installed. What happens along rays takes numba on any CPU."""
 
 
 class Routed(NamedTuple):

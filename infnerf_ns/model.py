@@ -285,7 +285,9 @@ class InfNeRFModel(Model):
             what the losses need.
         """
         if self.training:
-            self.camera_optimizer.apply_to_raybundle(ray_bundle)
+            # Half precision would turn the rays by pixels.
+            with torch.autocast(ray_bundle.origins.device.type, enabled=False):
+                self.camera_optimizer.apply_to_raybundle(ray_bundle)
         samples, weights_list, samples_list = self.sampler(ray_bundle, self.field.proposal_density, self.step)
         rays, per_ray = samples.starts.shape[:2]
         jitter = self.training and self.config.sampler.footprint_jitter

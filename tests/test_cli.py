@@ -36,6 +36,9 @@ def test_speed_prints_a_row_per_kernel(capsys: pytest.CaptureFixture[str]) -> No
         for what in ("forward  ", "forward and backward"):
             (line,) = (line for line in output.splitlines() if line.startswith(f"{kernel}, {what}"))
             assert "% of the" in line and float(line.split(what)[1].split()[0]) > 0
+    for whole in ("training step", "training step, proposals too", "rendering", "rendering, with normals"):
+        (line,) = (line for line in output.splitlines() if line.startswith(f"{whole}  "))
+        assert line.split()[-1] == "rays" and float(line.removeprefix(whole).split()[0]) > 0
     assert "GFLOP/s; copy:" in output and "$ " in output
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import numba
 import pytest
 import torch
@@ -48,6 +50,22 @@ def test_constant_grid_interpolates_to_the_constant(value: float, seed: int) -> 
     positions = torch.rand(50, 3, generator=torch.Generator().manual_seed(seed))
     out = hash_encode(positions, torch.ones(50, dtype=torch.long), bank, layout, "numba")
     assert torch.allclose(out, torch.full_like(out, value), atol=1e-5)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS.values(), ids=LAYOUTS.keys())
+def test_positions_that_are_no_numbers_give_features_that_are_none(layout: HashLayout) -> None:
+    """They stay within the page, forward and backward, and the others are what they are without them."""
+    bank = hash_bank(layout, 2).requires_grad_()
+    positions, row = hash_samples(40, 2)
+    expected = hash_encode(positions, row, bank, layout, "numba").detach()
+    positions[5, 0], positions[6] = math.nan, math.nan
+    positions.requires_grad_()
+    out = hash_encode(positions, row, bank, layout, "numba")
+    out.sum().backward()
+    assert bool(out[5:7].isnan().all())
+    others = torch.tensor([i for i in range(40) if i not in (5, 6)])
+    assert torch.equal(out[others], expected[others])
+    assert bool(positions.grad[5].isnan().any()) and bool(torch.isfinite(positions.grad[others]).all())
 
 
 def test_layout_follows_the_published_rule() -> None:

@@ -317,3 +317,16 @@ def test_memory_is_checked_before_pages_are_filled(monkeypatch: pytest.MonkeyPat
     with pytest.raises(InputError):
         tiny_model()
     assert not filled
+
+
+def test_a_ray_that_is_no_number_spoils_itself_alone() -> None:
+    """A broken pose in a camera path must not end the viewer or the render."""
+    model = tiny_model().eval()
+    rays, _ = ray_batch()
+    with torch.no_grad():
+        expected = model(rays)["rgb"]
+        rays, _ = ray_batch()
+        rays.directions[3] = math.nan
+        got = model(rays)["rgb"]
+    others = torch.arange(len(rays)) != 3
+    assert torch.allclose(got[others], expected[others], atol=1e-5)

@@ -125,3 +125,19 @@ def test_refinement_finds_the_pose_of_a_photo() -> None:
         assert pose.grad[1:].abs().max() < 1e-4 * pose.grad[0].abs().max(), "poses that are right stay so"
         optimizer.step()
     assert pose.data[0].norm() < 0.25 * wrong.norm()
+
+
+def test_refined_poses_keep_full_precision_under_autocast() -> None:
+    """Half precision would turn the rays by pixels."""
+    config = tiny_config()
+    config.camera_optimizer = CameraOptimizerConfig(mode="SO3xR3")
+    model = tiny_model(config).train()
+    with torch.no_grad():
+        model.camera_optimizer.pose_adjustment += 0.01
+    directions = []
+    for half in (False, True):
+        rays, _ = ray_batch()
+        with torch.autocast("cpu", torch.bfloat16, enabled=half), torch.no_grad():
+            model(rays)
+        directions.append(rays.directions)
+    assert directions[1].dtype == torch.float32 and torch.equal(*directions)

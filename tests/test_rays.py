@@ -63,6 +63,17 @@ def test_resampling_is_the_reference(threads: int, exponent: float) -> None:
     assert bool((fast[1].diff(dim=1) >= 0).all())
 
 
+@pytest.mark.parametrize("exponent", [0.5, 1.0])
+def test_resampling_survives_weights_that_are_none(exponent: float) -> None:
+    bins, weights, s_near, s_far = _histogram()
+    weights[0, 3], weights[1, 4] = -1e-9, math.nan
+    offset = _random(RAYS, seed=4)
+    fast = resample(bins, weights, exponent, 16, offset, s_near, s_far, BEND)[0]
+    reference = resample(*_double(bins, weights), exponent, 16, *_double(offset, s_near, s_far), BEND)[0]
+    assert bool(torch.isfinite(fast).all()) and bool(torch.isfinite(reference).all())
+    assert torch.allclose(fast[0], reference[0].float(), atol=2e-5)
+
+
 @pytest.mark.parametrize("training", [True, False])
 def test_the_samplers_are_nerfstudios(training: bool) -> None:
     """The same random numbers give the same samples as nerfstudio's SpacedSampler and PDFSampler."""
@@ -142,6 +153,32 @@ def test_weights_and_their_gradients_are_the_reference(threads: int) -> None:
         bin_starts=edges[:, :-1, None], bin_ends=edges[:, 1:, None]
     )
     assert torch.allclose(fast, samples.get_weights(density[..., None])[..., 0], atol=1e-5)
+
+
+def test_there_are_no_second_derivatives() -> None:
+    """An error, and not a wrong answer."""
+    density = _random(4, 6).requires_grad_()
+    weights = render_weights(density, _random(4, 7, seed=1).cumsum(1))
+    (gradient,) = torch.autograd.grad(weights.square().sum(), density, create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        gradient.sum().backward()
+
+
+@pytest.mark.parametrize("shape", [(0, 5), (5, 0)])
+def test_nothing_along_rays(shape: tuple[int, int]) -> None:
+    density, edges = torch.ones(shape, requires_grad=True), torch.ones(shape[0], shape[1] + 1)
+    weights = render_weights(density, edges)
+    weights.sum().backward()
+    assert weights.shape == density.grad.shape == shape
+    ray, rays = torch.ones(shape[0]), torch.ones(shape[0], 3)
+    positions, radii = cone_samples(rays, rays, edges, ray, None, False)
+    assert positions.shape == (*shape, 3) and radii.shape == shape
+
+
+def test_strided_inputs() -> None:
+    density, edges = _random(SAMPLES, RAYS).T, _random(SAMPLES + 1, RAYS, seed=1).cumsum(0).T
+    assert not density.is_contiguous()
+    assert torch.equal(render_weights(density, edges), render_weights(density.contiguous(), edges.contiguous()))
 
 
 def test_weights_of_opaque_and_of_empty_samples() -> None:

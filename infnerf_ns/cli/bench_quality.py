@@ -47,6 +47,8 @@ from infnerf_ns.validation import apply_yaml, validate_config
 PYRAMID_LEVELS = 5
 _ROOT_ALONE = "infnerf:pipeline.model.octree.max_level=0"
 _CHUNK = 4096
+_POINTS = Path("sparse_pc.ply")
+"""Points of a Blender capture, in its folder, where there are any."""
 _ENDLESS = 10_000_000
 _WARM_UP_STEPS = 50
 _LR_FINAL = 0.03
@@ -150,7 +152,8 @@ class Quality:
         if str(self.data) == "demo":
             return InfNeRFDemoDataParserConfig()
         if (self.data / "transforms_train.json").is_file():
-            return BlenderDataParserConfig(data=self.data)
+            points = _POINTS if (self.data / _POINTS).is_file() else None
+            return BlenderDataParserConfig(data=self.data, ply_path=points)
         if not (self.data / "transforms.json").is_file():
             raise InputError(f"--data {self.data}: there is neither a transforms.json nor a transforms_train.json")
         return NerfstudioDataParserConfig(

@@ -1,9 +1,11 @@
-"""``infnerf-bench speed``: the CPU kernels against what this machine can do, measured in the same run.
+"""``infnerf-bench speed``: training steps, rendering, and the CPU kernels against what this machine can do, measured in
+the same run.
 
 The hash grids are compared with a probe of the same access pattern: it reads, and for the backward pass adds to, the
 entries that the kernel visits, whose numbers it is given; what the kernel takes longer is arithmetic and bookkeeping.
 The decoders are compared with torch's matrix product. Sizes are those of a training step of the default model on 1,024
-rays.
+rays. The rays of the whole step and of the rendering are random and so is the field, which gives every sample a colour:
+what a capture does is told by ``infnerf-bench quality``.
 """
 
 from __future__ import annotations
@@ -17,6 +19,7 @@ import numpy as np
 import torch
 
 from infnerf_ns.cli.bench_machine import describe_machine
+from infnerf_ns.cli.bench_trainer import StepTrainer, full_tree, random_rays
 from infnerf_ns.field import FieldConfig
 from infnerf_ns.kernels import (
     Groups,
@@ -36,7 +39,8 @@ from infnerf_ns.sampler import SamplerConfig
 
 @dataclass
 class Speed:
-    """Samples per second of the CPU kernels, and their share of the machine's matrix product and memory access."""
+    """Rays per second of training and rendering; samples per second of the CPU kernels, and their share of the
+    machine's matrix product and memory access."""
 
     rays: int = 1024
     """Rays per step."""
@@ -44,12 +48,14 @@ class Speed:
     """Runs of each kernel; the median counts."""
 
     def main(self) -> None:
-        """Prints a row per kernel."""
-        print(describe_machine())
+        """Prints a row for training, rendering and each kernel."""
         torch.manual_seed(0)
+        trainer = full_tree(1)
+        print(describe_machine())
         peak = self._matmul_peak()
         print(f"matrix product: {peak / 1e9:.0f} GFLOP/s; copy: {self._copy_bandwidth() / 1e9:.1f} GB/s")
-        print(f"{'kernel':38s} {'ms (10 % to 90 %)':>22s} {'samples/s':>12s}   of the machine")
+        print(f"{'':38s} {'ms (10 % to 90 %)':>22s} {'per second':>12s}   of the machine")
+        self._whole(trainer)
         self._grids()
         self._decoders(peak)
 
@@ -74,6 +80,21 @@ class Speed:
         source = torch.zeros(1 << 26)
         target = torch.zeros_like(source)
         return 2 * 4 * len(source) / float(np.median(self._times(lambda: target.copy_(source))))
+
+    def _whole(self, trainer: StepTrainer) -> None:
+        """A training step with and without an update of the proposals, and the rendering of an image's chunk."""
+        model, config = trainer.model, trainer.model.config
+        every, settled = config.sampler.proposal_update_every, config.sampler.proposal_warmup
+        for name, step in (("training step, proposals too", settled * every), ("training step", settled * every + 1)):
+            rays, batch = random_rays(step, self.rays)
+            times = self._times(lambda step=step, rays=rays, batch=batch: trainer.step(step, rays, batch))
+            self._row(name, times, self.rays, "rays")
+        model.eval()
+        rays, _ = random_rays(0, config.eval_num_rays_per_chunk)
+        with torch.no_grad():
+            self._row("rendering, with normals", self._times(lambda: model(rays)), len(rays), "rays")
+            config.render_normals = False
+            self._row("rendering", self._times(lambda: model(rays)), len(rays), "rays")
 
     def _grids(self) -> None:
         config, sampler = FieldConfig(), SamplerConfig()

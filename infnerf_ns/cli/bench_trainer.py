@@ -1,4 +1,5 @@
-"""A model that takes training steps on given rays, as the trainer does, without data manager, schedules and logs."""
+"""A model that takes training steps on given rays, as the trainer does, without data manager, schedules and logs; and
+a tree and rays made up for it."""
 
 from __future__ import annotations
 
@@ -76,3 +77,31 @@ class StepTrainer:
         """Clears all gradients."""
         for optimizer in self.optimizers:
             optimizer.zero_grad()
+
+
+def full_tree(level: int) -> StepTrainer:
+    """A model with a tree full to one level."""
+    generator = torch.Generator().manual_seed(0)
+    points = torch.rand(200 * 8**level, 3, generator=generator) * 2 - 1
+    count = len(points)
+    scene = SfMScene(points, torch.full((count,), 1e-9), torch.full((count,), 9), near=0.5, source="tracks")
+    config = InfNeRFModelConfig()
+    config.octree.max_level, config.octree.level_start_steps, config.octree.trim = level, 0, 0.0
+    config.losses.inter_level = config.losses.transparency = 0.0
+    return StepTrainer(config, scene, num_photos=8)
+
+
+def random_rays(step: int, count: int) -> tuple[RayBundle, dict[str, Tensor]]:
+    """Rays that pass through the cube, with footprints that ask for the finest level, and colours."""
+    generator = torch.Generator().manual_seed(step)
+    origins = torch.nn.functional.normalize(torch.randn(count, 3, generator=generator), dim=-1) * 2.5
+    targets = torch.rand(count, 3, generator=generator) - 0.5
+    directions = torch.nn.functional.normalize(targets - origins, dim=-1)
+    bundle = RayBundle(
+        origins,
+        directions,
+        pixel_area=torch.full((count, 1), 1e-9),
+        camera_indices=torch.zeros(count, 1, dtype=torch.long),
+        metadata={},
+    )
+    return bundle, {"image": targets + 0.5}

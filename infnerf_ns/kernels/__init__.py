@@ -4,7 +4,8 @@
 - :func:`hash_encode`: features of (local position, node) pairs from a bank of multi-resolution hash grids;
 - :func:`path_features`, :func:`path_sum`: the same along the samples' paths down the tree, fused with what stands
   around it in the field;
-- :func:`grouped_mlp`: small MLPs, one per node, applied to samples that are sorted by node.
+- :func:`grouped_mlp`: small MLPs, one per node, applied to samples that are sorted by node;
+- :mod:`.rays` and :mod:`.shading`: what happens along rays and between the decoders, by numba on a CPU, else by torch.
 
 Backends (:mod:`.backends`): ``torch`` (readable reference and test oracle, any device), ``numba`` (CPU), ``triton``
 (CUDA; in Triton's interpreter also the CPU, for tests) and ``tcnn`` (tiny-cuda-nn for the hash grids, torch for the

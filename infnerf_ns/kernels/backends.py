@@ -50,6 +50,8 @@ def choose(backend: Backend, device: torch.device, dtype: torch.dtype = torch.fl
         return "tcnn" if device.type == "cuda" and _installed("tinycudann") else "torch"
     if backend == "numba" and device.type != "cpu":
         raise InputError(f"{_FLAG} numba runs on the CPU, but the model is on {device}: use auto")
+    if backend == "numba" and dtype != torch.float32:
+        return "torch"
     if backend in ("triton", "tcnn") and device.type != "cuda" and not (backend == "triton" and _interprets()):
         raise InputError(f"{_FLAG} {backend} runs on CUDA, but the model is on {device}: use auto")
     if backend == "triton" and not _installed("triton"):

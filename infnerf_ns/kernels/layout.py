@@ -1,10 +1,9 @@
 """Layout of one node's multi-resolution hash grid inside its page, shared by every backend.
 
 The indexing rule is the published one of Instant-NGP (Mueller et al. 2022, section 3) as tiny-cuda-nn implements it,
-so that a
-checkpoint runs on every backend: scale ``N_l - 1``, sample shifted by half a cell, dense levels row-major with x
-fastest,
-hashed levels XOR of ``coordinate * prime`` with primes 1, 2654435761, 805459861, level sizes a multiple of 8 entries.
+so that a checkpoint runs on every backend: scale ``N_l - 1``, sample shifted by half a cell, dense levels row-major
+with x fastest, hashed levels XOR of ``coordinate * prime`` with primes 1, 2654435761, 805459861, level sizes a multiple
+of 8 entries.
 """
 
 from __future__ import annotations

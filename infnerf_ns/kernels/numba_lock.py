@@ -1,4 +1,4 @@
-"""What every call of a numba kernel needs: whether it can be made, the lock, and tensors as arrays."""
+"""What calls of numba kernels need: whether they can be made, the lock, and tensors as arrays."""
 
 from __future__ import annotations
 
@@ -15,6 +15,10 @@ numba.config.THREADING_LAYER_PRIORITY = ["omp", "tbb", "workqueue"]
 numba_lock = threading.Lock()
 """numba's built-in thread pool must not be entered by two threads at once, and the viewer renders from a thread of its
 own."""
+
+KEEPS_NAN = {"contract", "nsz", "arcp", "reassoc"}
+"""fastmath without the promise that there is no NaN or infinity: a density may be infinite, and a NaN must reach the
+loss, where it is found"""
 
 
 def flat(tensor: Tensor) -> np.ndarray:

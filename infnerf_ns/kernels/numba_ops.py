@@ -9,6 +9,7 @@ import numba
 import numpy as np
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from infnerf_ns.kernels import hash_numba, mlp_numba, route_numba, tree_numba
 from infnerf_ns.kernels.batches import Groups, TreePaths
@@ -79,6 +80,7 @@ class _HashEncode(torch.autograd.Function):
         return out
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, grad_out: Tensor):
         positions, row = ctx.saved_tensors
         bank, layout = ctx.bank, ctx.layout
@@ -155,6 +157,7 @@ class _PathFeatures(torch.autograd.Function):
         return out
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, grad_out: Tensor):
         (contracted, unit, path, coords), gradient = ctx.arrays, flat(grad_out)
         returned = []
@@ -190,6 +193,7 @@ class _PathSum(torch.autograd.Function):
         return out
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, grad_out: Tensor):
         (contracted, unit, path, coords), gradient = ctx.arrays, flat(grad_out)[:, None]
         returned = []
@@ -246,6 +250,7 @@ class _GroupedMLP(torch.autograd.Function):
         return out
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, grad_out: Tensor):
         (inputs,) = ctx.saved_tensors
         want_inputs = ctx.needs_input_grad[0]

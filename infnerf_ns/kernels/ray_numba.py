@@ -9,8 +9,7 @@ from __future__ import annotations
 import numba as nb
 import numpy as np
 
-_FAST = {"contract", "nsz", "arcp", "reassoc"}
-"""of fastmath, without the promise that there is no NaN or infinity: a density may be infinite"""
+from infnerf_ns.kernels.numba_lock import KEEPS_NAN
 
 
 @nb.njit(inline="always")
@@ -22,7 +21,7 @@ def _distance(bin_edge, s_near, s_far, bend):
     return bend / max(np.float32(1) - s, np.float32(1e-9))
 
 
-@nb.njit(parallel=True, cache=True, fastmath=_FAST, error_model="numpy", boundscheck=False)
+@nb.njit(parallel=True, cache=True, fastmath=KEEPS_NAN, error_model="numpy", boundscheck=False)
 def distances(bins, s_near, s_far, bend, edges):
     """edges [R, B] of bins [R, B]."""
     for r in nb.prange(len(bins)):
@@ -30,7 +29,7 @@ def distances(bins, s_near, s_far, bend, edges):
             edges[r, i] = _distance(bins[r, i], s_near[r], s_far[r], np.float32(bend))
 
 
-@nb.njit(parallel=True, cache=True, fastmath=_FAST, error_model="numpy", boundscheck=False)
+@nb.njit(parallel=True, cache=True, fastmath=KEEPS_NAN, error_model="numpy", boundscheck=False)
 def resample(bins, weights, exponent, padding, offset, s_near, s_far, bend, new_bins, edges):
     """Writes new_bins and edges [R, B] of the histogram weights [R, S] over bins [R, S + 1]."""
     count, new = weights.shape[1], new_bins.shape[1]
@@ -38,7 +37,7 @@ def resample(bins, weights, exponent, padding, offset, s_near, s_far, bend, new_
         cumulative = np.empty(count + 1, np.float32)
         total = np.float32(0)
         for i in range(count):
-            w = weights[r, i]
+            w = max(weights[r, i], np.float32(0))
             if exponent != 1:
                 w = w ** np.float32(exponent)
             total += w + np.float32(padding)
@@ -53,12 +52,14 @@ def resample(bins, weights, exponent, padding, offset, s_near, s_far, bend, new_
                 above += 1
             low, high = min(max(above - 1, 0), count), min(above, count)
             span = cumulative[high] - cumulative[low]
-            share = np.float32(0) if span == 0 else min(max((u - cumulative[low]) / span, np.float32(0)), np.float32(1))
+            share = np.float32(0)
+            if span > 0:
+                share = min(max((u - cumulative[low]) / span, np.float32(0)), np.float32(1))
             new_bins[r, k] = bins[r, low] + share * (bins[r, high] - bins[r, low])
             edges[r, k] = _distance(new_bins[r, k], s_near[r], s_far[r], np.float32(bend))
 
 
-@nb.njit(parallel=True, cache=True, fastmath=_FAST, error_model="numpy", boundscheck=False)
+@nb.njit(parallel=True, cache=True, fastmath=KEEPS_NAN, error_model="numpy", boundscheck=False)
 def cone_samples(origins, directions, edges, slope, constant, of_interval, positions, radii):
     """Writes positions [R, S, 3] and radii [R, S]; constant [R], or [0]: the radius is slope [R] times the distance."""
     for r in nb.prange(len(edges)):
@@ -72,7 +73,7 @@ def cone_samples(origins, directions, edges, slope, constant, of_interval, posit
             radii[r, i] = radius
 
 
-@nb.njit(parallel=True, cache=True, fastmath=_FAST, error_model="numpy", boundscheck=False)
+@nb.njit(parallel=True, cache=True, fastmath=KEEPS_NAN, error_model="numpy", boundscheck=False)
 def affine(points, center, matrix, offset, out):
     """out [M, 3] = (points [M, 3] - center [3]) @ matrix [3, 3] + offset."""
     for m in nb.prange(len(points)):
@@ -81,7 +82,7 @@ def affine(points, center, matrix, offset, out):
             out[m, axis] = x * matrix[0, axis] + y * matrix[1, axis] + z * matrix[2, axis] + np.float32(offset)
 
 
-@nb.njit(parallel=True, cache=True, fastmath=_FAST, error_model="numpy", boundscheck=False)
+@nb.njit(parallel=True, cache=True, fastmath=KEEPS_NAN, error_model="numpy", boundscheck=False)
 def render_weights(density, edges, weights):
     """Writes weights [R, S] of density [R, S]."""
     for r in nb.prange(len(density)):
@@ -93,7 +94,7 @@ def render_weights(density, edges, weights):
             passed += depth
 
 
-@nb.njit(parallel=True, cache=True, fastmath=_FAST, error_model="numpy", boundscheck=False)
+@nb.njit(parallel=True, cache=True, fastmath=KEEPS_NAN, error_model="numpy", boundscheck=False)
 def render_weights_backward(density, edges, weights, grad, grad_density):
     """Writes grad_density [R, S]: a sample gains from the light that it takes and loses what it takes from those
     behind."""

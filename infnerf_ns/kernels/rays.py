@@ -1,4 +1,5 @@
-"""What happens along rays: resampling, positions and footprints of samples, rendering weights.
+"""What happens along rays: resampling, positions and footprints of samples and their change of frame, rendering
+weights.
 
 Why not nerfstudio's ``SpacedSampler``, ``PDFSampler`` and ``RaySamples.get_weights``, which compute the same (the tests
 compare them): on two cores they, and what stands around them, were a third of a training step after the grids and
@@ -12,6 +13,7 @@ import numpy as np
 import torch
 from jaxtyping import Float
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from infnerf_ns.kernels import ray_numba
 from infnerf_ns.kernels.numba_lock import flat, numba_lock, on_cpu
@@ -71,7 +73,7 @@ def resample(
                 new_bins.numpy(), edges.numpy(),
             )  # fmt: skip
         return new_bins, edges
-    padded = weights**exponent + PADDING
+    padded = weights.clamp(min=0) ** exponent + PADDING
     cumulative = torch.cumsum(padded, dim=1)
     cumulative = torch.nn.functional.pad((cumulative / cumulative[:, -1:]).clamp(max=1), (1, 0))
     u = (torch.arange(count + 1, device=bins.device) + offset[:, None]) / (count + 1)
@@ -153,15 +155,16 @@ def render_weights(density: Float[Tensor, "R S"], edges: Float[Tensor, "R S1"]) 
 class _RenderWeights(torch.autograd.Function):
     @staticmethod
     def forward(ctx, density: Tensor, edges: Tensor) -> Tensor:
-        weights = torch.empty_like(density)
-        ctx.arrays = flat(density), flat(edges), weights.numpy()
+        weights = torch.empty(density.shape)
         with numba_lock:
-            ray_numba.render_weights(*ctx.arrays)
+            ray_numba.render_weights(flat(density), flat(edges), weights.numpy())
+        ctx.save_for_backward(density, edges, weights)
         return weights
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, grad: Tensor):
-        grad_density = torch.empty_like(grad)
+        grad_density = torch.empty(grad.shape)
         with numba_lock:
-            ray_numba.render_weights_backward(*ctx.arrays, flat(grad), grad_density.numpy())
+            ray_numba.render_weights_backward(*map(flat, ctx.saved_tensors), flat(grad), grad_density.numpy())
         return grad_density, None

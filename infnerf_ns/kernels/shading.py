@@ -11,6 +11,7 @@ import torch
 from jaxtyping import Float, Int
 from nerfstudio.field_components.activations import trunc_exp
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from infnerf_ns.kernels import shading_numba
 from infnerf_ns.kernels.numba_lock import flat, numba_lock, on_cpu
@@ -36,18 +37,20 @@ class _Activate(torch.autograd.Function):
     @staticmethod
     def forward(ctx, hidden: Tensor, scale: float) -> tuple[Tensor, Tensor]:
         density, geo = hidden.new_empty(len(hidden)), hidden.new_empty(len(hidden), hidden.shape[1] - 1)
-        ctx.arrays, ctx.scale = (flat(hidden), geo.numpy()), scale
         with numba_lock:
-            shading_numba.activate(ctx.arrays[0], scale, density.numpy(), geo.numpy())
-        return density, geo.sigmoid_()
+            shading_numba.activate(flat(hidden), scale, density.numpy(), geo.numpy())
+        ctx.scale = scale
+        ctx.save_for_backward(hidden, geo.sigmoid_())
+        return density, geo
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, grad_density: Tensor, grad_geo: Tensor):
-        hidden, geo = ctx.arrays
+        hidden, geo = ctx.saved_tensors
         grad_hidden = torch.empty(hidden.shape)
         with numba_lock:
             shading_numba.activate_backward(
-                hidden, ctx.scale, geo, flat(grad_density), flat(grad_geo), grad_hidden.numpy()
+                flat(hidden), ctx.scale, flat(geo), flat(grad_density), flat(grad_geo), grad_hidden.numpy()
             )
         return grad_hidden, None
 
@@ -83,7 +86,7 @@ def color_inputs(
 
     Args:
         geo: geometry features of all routed samples.
-        code: of the rays' directions (no gradient on the CPU).
+        code: of the rays' directions.
         appearance: of the rays; None: there is none.
         kept: which routed samples (each once).
         ray: of the kept samples.
@@ -105,6 +108,7 @@ class _ColorInputs(torch.autograd.Function):
         return out
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, grad: Tensor):
         grad_geo, grad_appearance = (torch.zeros(shape) for shape in ctx.shapes)
         with numba_lock:

@@ -5,11 +5,10 @@ from __future__ import annotations
 import numba as nb
 import numpy as np
 
-_FAST = {"contract", "nsz", "arcp", "reassoc"}
-"""of fastmath, without the promise that there is no NaN or infinity: a NaN must reach the loss, where it is found"""
+from infnerf_ns.kernels.numba_lock import KEEPS_NAN
 
 
-@nb.njit(parallel=True, cache=True, fastmath=_FAST, error_model="numpy", boundscheck=False)
+@nb.njit(parallel=True, cache=True, fastmath=KEEPS_NAN, error_model="numpy", boundscheck=False)
 def activate(hidden, scale, density, geo):
     """Writes density [M] of hidden [M, 1 + G], and copies the others to geo [M, G], for torch's vectorised sigmoid."""
     for m in nb.prange(len(hidden)):
@@ -18,7 +17,7 @@ def activate(hidden, scale, density, geo):
             geo[m, g] = hidden[m, 1 + g]
 
 
-@nb.njit(parallel=True, cache=True, fastmath=_FAST, error_model="numpy", boundscheck=False)
+@nb.njit(parallel=True, cache=True, fastmath=KEEPS_NAN, error_model="numpy", boundscheck=False)
 def activate_backward(hidden, scale, geo, grad_density, grad_geo, grad_hidden):
     """Writes grad_hidden [M, 1 + G]."""
     for m in nb.prange(len(hidden)):

@@ -20,6 +20,7 @@ from nerfstudio.engine.optimizers import AdamOptimizerConfig
 from torch import Tensor
 
 from infnerf_ns.kernels import adam_numba, bank_gradient
+from infnerf_ns.kernels.numba_lock import numba_lock
 from infnerf_ns.validation import Range
 
 
@@ -83,11 +84,11 @@ class NodeAdam(torch.optim.Optimizer):
                     continue
                 rows = np.flatnonzero(held.rows.numpy())
                 state["row_steps"][torch.from_numpy(rows)] += 1
-                adam_numba.touched_step(
-                    bank.detach().numpy(), held.grad.numpy(), held.touched.numpy(), rows, state["row_steps"].numpy(),
-                    state["exp_avg"].numpy(), state["exp_avg_sq"].numpy(), group["lr"], *group["betas"], group["eps"],
-                    group["warmup"],
-                )  # fmt: skip
+                gradient = held.grad.numpy(), held.touched.numpy(), rows
+                moments = (state[name].numpy() for name in ("row_steps", "exp_avg", "exp_avg_sq"))
+                rates = group["lr"], *group["betas"], group["eps"], group["warmup"]
+                with numba_lock:
+                    adam_numba.touched_step(bank.detach().numpy(), *gradient, *moments, *rates)
                 held.rows.zero_()
 
     def zero_grad(self, set_to_none: bool = True) -> None:
@@ -104,7 +105,8 @@ class NodeAdam(torch.optim.Optimizer):
                     continue
                 rows = np.flatnonzero(held.rows.numpy())
                 if len(rows):
-                    adam_numba.clear(held.grad.numpy(), held.touched.numpy(), rows)
+                    with numba_lock:
+                        adam_numba.clear(held.grad.numpy(), held.touched.numpy(), rows)
                     held.rows.zero_()
 
 
