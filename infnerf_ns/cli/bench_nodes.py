@@ -13,6 +13,7 @@ import numpy as np
 from rich.progress import track
 
 from infnerf_ns.cli.bench_machine import describe_machine
+from infnerf_ns.cli.bench_trainer import full_tree, random_rays
 
 
 @dataclass
