@@ -20,6 +20,19 @@ from infnerf_ns.kernels.hash_numba import interpolate, scatter, write
 
 _SATURATED = 4.0
 """erf is 1 in float32 from here on"""
+_ERF_STEPS = 4096
+_ERF = np.array([math.erf(_SATURATED * i / _ERF_STEPS) for i in range(_ERF_STEPS + 1)], np.float32)
+"""erf at equal steps; between them a straight line is 1.1e-7 off at most"""
+
+
+@nb.njit(inline="always")
+def _erf(x):
+    """erf of x >= 0; the library's own took a quarter of the forward pass."""
+    if not x < np.float32(_SATURATED):
+        return np.float32(1)
+    place = x * np.float32(_ERF_STEPS / _SATURATED)
+    step = np.int32(place)
+    return _ERF[step] + (place - np.float32(step)) * (_ERF[step + 1] - _ERF[step])
 
 
 @nb.njit(inline="always")
@@ -92,9 +105,7 @@ def encode(
                 values = interpolate(bank, row, base, features, place, entry, i)
                 weight = np.float32(1)
                 if weighted:
-                    ratio = cells[hash_level] * inverse[i]
-                    if ratio < _SATURATED:
-                        weight = np.float32(math.erf(ratio))
+                    weight = _erf(cells[hash_level] * inverse[i])
                     weights[begin + i, weight_column + hash_level] = weight
                 write(out, begin + i, column + hash_level * features, features, values, weight)
 
