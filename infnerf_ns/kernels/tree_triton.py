@@ -21,7 +21,9 @@ LARGEST_BELOW_ONE: tl.constexpr = tl.constexpr(1 - 2.0**-24)
 
 @triton.jit
 def _inside(x):
-    return tl.minimum(tl.maximum(x, 0.0), LARGEST_BELOW_ONE)
+    """Hands on what is not a number, so that it reaches the loss."""
+    low = tl.maximum(x, 0.0, propagate_nan=tl.PropagateNan.ALL)
+    return tl.minimum(low, LARGEST_BELOW_ONE, propagate_nan=tl.PropagateNan.ALL)
 
 
 @triton.jit
