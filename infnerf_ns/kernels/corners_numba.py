@@ -61,6 +61,13 @@ def scratch():
 
 
 @nb.njit(inline="always")
+def _cell(x):
+    """The integer below x >= 0; 0 for what is not a number, whose conversion is undefined and differs by processor. Its
+    place in the cell stays no number, and tells."""
+    return np.int32(x if x > np.float32(0) else np.float32(0))
+
+
+@nb.njit(inline="always")
 def corner_entries(local, count, scale, resolution, size, hashed, place, entry):
     """Fills place [3, CHUNK], the place in the cell, and entry [8, CHUNK], the entries of the cell's corners, for the
     first ``count`` samples at local coordinates [3, CHUNK]."""
@@ -69,7 +76,7 @@ def corner_entries(local, count, scale, resolution, size, hashed, place, entry):
         mask = np.uint32(size - one)
         for i in range(count):
             gx, gy, gz = local[0, i] * scale + half, local[1, i] * scale + half, local[2, i] * scale + half
-            cx, cy, cz = np.int32(gx), np.int32(gy), np.int32(gz)
+            cx, cy, cz = _cell(gx), _cell(gy), _cell(gz)
             place[0, i], place[1, i], place[2, i] = gx - np.float32(cx), gy - np.float32(cy), gz - np.float32(cz)
             x0, y0, z0 = np.uint32(cx), np.uint32(np.uint32(cy) * _Y), np.uint32(np.uint32(cz) * _Z)
             x1, y1, z1 = np.uint32(x0 + one), np.uint32(y0 + _Y), np.uint32(z0 + _Z)
@@ -81,7 +88,7 @@ def corner_entries(local, count, scale, resolution, size, hashed, place, entry):
         layer = np.uint32(resolution * resolution)
         for i in range(count):
             gx, gy, gz = local[0, i] * scale + half, local[1, i] * scale + half, local[2, i] * scale + half
-            cx, cy, cz = np.int32(gx), np.int32(gy), np.int32(gz)
+            cx, cy, cz = _cell(gx), _cell(gy), _cell(gz)
             place[0, i], place[1, i], place[2, i] = gx - np.float32(cx), gy - np.float32(cy), gz - np.float32(cz)
             first = np.uint32(np.uint32(cx) + resolution * np.uint32(cy) + layer * np.uint32(cz))
             for corner in range(8):
@@ -90,8 +97,8 @@ def corner_entries(local, count, scale, resolution, size, hashed, place, entry):
                     index = np.uint32(index + resolution)
                 if corner & 4:
                     index = np.uint32(index + layer)
-                # Vertices past the last one wrap around; a dense level has so many entries that once is enough. The
-                # cell of a position that is not a number may be any: the entry stays in the page, the place tells.
+                # Vertices past the last one wrap around; a dense level has so many entries that once is enough, but
+                # not for a caller's position beyond 1.
                 index = np.uint32(index - size) if index >= size else index
                 entry[corner, i] = min(index, np.uint32(size - one))
 

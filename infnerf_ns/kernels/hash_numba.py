@@ -11,6 +11,7 @@ import numba as nb
 import numpy as np
 
 from infnerf_ns.kernels.corners_numba import AHEAD, CHUNK, corner_entries, corner_weight, grid_of, request, scratch
+from infnerf_ns.kernels.numba_lock import KEEPS_NAN
 
 BLOCK_SHIFT = 4
 """log2 of the floats that share one touched flag"""
@@ -65,7 +66,7 @@ def _take(positions, row, start, count, local, rows):
         rows[i] = np.uintp(row[start + i])
 
 
-@nb.njit(parallel=True, cache=True, fastmath=True, error_model="numpy", boundscheck=False)
+@nb.njit(parallel=True, cache=True, fastmath=KEEPS_NAN, error_model="numpy", boundscheck=False)
 def forward(positions, row, bank, out, scales, resolutions, sizes, offsets, hashed, feature_axis):
     """out [P, L * F] = features of positions [P, 3] in pages bank[row [P]]; feature_axis is a tuple of length F."""
     features = len(feature_axis)
@@ -86,7 +87,7 @@ def forward(positions, row, bank, out, scales, resolutions, sizes, offsets, hash
                 write(out, start + i, level * features, features, values, np.float32(1))
 
 
-@nb.njit(parallel=True, cache=True, fastmath=True, error_model="numpy", boundscheck=False)
+@nb.njit(parallel=True, cache=True, fastmath=KEEPS_NAN, error_model="numpy", boundscheck=False)
 def backward_bank(
     positions, row, grad_out, grad_bank, touched, scales, resolutions, sizes, offsets, hashed, order, feature_axis
 ):
@@ -115,7 +116,7 @@ def backward_bank(
                     )  # fmt: skip
 
 
-@nb.njit(parallel=True, cache=True, fastmath=True, error_model="numpy", boundscheck=False)
+@nb.njit(parallel=True, cache=True, fastmath=KEEPS_NAN, error_model="numpy", boundscheck=False)
 def backward_positions(
     positions, row, bank, grad_out, grad_positions, scales, resolutions, sizes, offsets, hashed, feature_axis
 ):

@@ -17,8 +17,8 @@ numba_lock = threading.Lock()
 own."""
 
 KEEPS_NAN = {"contract", "nsz", "arcp", "reassoc"}
-"""fastmath without the promise that there is no NaN or infinity: a density may be infinite, and a NaN must reach the
-loss, where it is found"""
+"""fastmath without the promise that there is no NaN or infinity: a density may be infinite, a NaN must reach the loss,
+where it is found, and a comparison that keeps one from becoming an index must not be optimised away"""
 
 
 def flat(tensor: Tensor) -> np.ndarray:

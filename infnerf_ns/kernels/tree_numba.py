@@ -17,6 +17,7 @@ import numpy as np
 
 from infnerf_ns.kernels.corners_numba import AHEAD, CHUNK, corner_entries, grid_of, request, scratch
 from infnerf_ns.kernels.hash_numba import interpolate, scatter, write
+from infnerf_ns.kernels.numba_lock import KEEPS_NAN
 
 _SATURATED = 4.0
 """erf is 1 in float32 from here on"""
@@ -40,7 +41,7 @@ def _inside(x):
     return min(max(x, np.float32(0)), np.float32(1 - 2.0**-24))
 
 
-@nb.njit(parallel=True, cache=True, fastmath=True, error_model="numpy", boundscheck=False)
+@nb.njit(parallel=True, cache=True, fastmath=KEEPS_NAN, error_model="numpy", boundscheck=False)
 def contract(unit, contracted, shrink):
     """The L-inf contraction of :func:`infnerf_ns.octree.contract`: contracted [M, 3] of unit [M, 3], and by how much a
     footprint there shrinks [M]."""
@@ -67,7 +68,7 @@ def _local(unit, p, node, level, coords):
     return x, y, z
 
 
-@nb.njit(parallel=True, cache=True, fastmath=True, error_model="numpy", boundscheck=False)
+@nb.njit(parallel=True, cache=True, fastmath=KEEPS_NAN, error_model="numpy", boundscheck=False)
 def encode(
     unit, path, level, start, first, coords, bank, radii, cells, out, column, weights, weight_column,
     scales, resolutions, sizes, offsets, hashed, feature_axis,
@@ -110,7 +111,7 @@ def encode(
                 write(out, begin + i, column + hash_level * features, features, values, weight)
 
 
-@nb.njit(parallel=True, cache=True, fastmath=True, error_model="numpy", boundscheck=False)
+@nb.njit(parallel=True, cache=True, fastmath=KEEPS_NAN, error_model="numpy", boundscheck=False)
 def encode_backward(
     unit, path, level, start, first, coords, grad_out, column, weights, weight_column, grad_bank, touched, rows,
     scales, resolutions, sizes, offsets, hashed, order, parts, feature_axis,
@@ -153,7 +154,7 @@ def encode_backward(
                 scatter(grad_bank, touched, row, base, features, place, entry, i, grad_out, p, first_column, weight)
 
 
-@nb.njit(parallel=True, cache=True, fastmath=True, error_model="numpy", boundscheck=False)
+@nb.njit(parallel=True, cache=True, fastmath=KEEPS_NAN, error_model="numpy", boundscheck=False)
 def add_sum(unit, path, level, first, coords, bank, out, scales, resolutions, sizes, offsets, hashed):
     """Adds to out [M] the sum over the hash levels of each sample's node at this octree level; one feature each."""
     for chunk in nb.prange((len(unit) + CHUNK - 1) // CHUNK):
@@ -181,7 +182,7 @@ def add_sum(unit, path, level, first, coords, bank, out, scales, resolutions, si
             out[sample[i]] += total[i]
 
 
-@nb.njit(parallel=True, cache=True, fastmath=True, error_model="numpy", boundscheck=False)
+@nb.njit(parallel=True, cache=True, fastmath=KEEPS_NAN, error_model="numpy", boundscheck=False)
 def add_sum_backward(
     unit, path, level, first, coords, grad_out, grad_bank, touched, rows,
     scales, resolutions, sizes, offsets, hashed, order, parts,
