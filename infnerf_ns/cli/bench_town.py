@@ -21,6 +21,7 @@ from infnerf_ns.data.demo_dataparser import METRES_PER_UNIT, InfNeRFDemoDataPars
 from infnerf_ns.data.demo_scene import DemoScene, DemoSceneOptions
 from infnerf_ns.data.demo_scene.photographer import Lens, Photographer
 from infnerf_ns.data.demo_scene.survey import Survey, threads
+from infnerf_ns.data.photo_order import neighbour_order
 from infnerf_ns.data.pyramid import PixelDraw, PixelPyramid
 from infnerf_ns.data.pyramid_datamanager import PyramidDataManagerConfig
 from infnerf_ns.data.pyramid_rays import PyramidRays
@@ -54,18 +55,20 @@ class TownRays:
 
     Args:
         cameras: of the train photos.
-        config: pyramid levels and how they share the rays.
+        config: pyramid levels, how they share the rays, and photos per step.
     """
 
     def __init__(self, cameras: Cameras, config: PyramidDataManagerConfig) -> None:
         sizes = [(int(cameras.height[0]), int(cameras.width[0]))] * len(cameras)
         # The pixels are never written, so they take address space but no memory.
-        self.pyramid = PixelPyramid(sizes, 3, config.num_pyramid_levels, level_share=config.level_share)
+        self._photos = config.photos_per_step
+        order = neighbour_order(cameras) if self._photos else None
+        self.pyramid = PixelPyramid(sizes, 3, config.num_pyramid_levels, level_share=config.level_share, order=order)
         self._rays = PyramidRays(cameras, self.pyramid, config.ray_table_mib << 20)
 
     def draw(self, batch: int, count: int) -> PixelDraw:
         """The pixels of a batch."""
-        return self.pyramid.draw(count, generator=torch.Generator().manual_seed(batch))
+        return self.pyramid.draw(count, generator=torch.Generator().manual_seed(batch), photos=self._photos)
 
     def __call__(self, town: Town, batch: int) -> tuple[RayBundle, dict[str, Tensor]]:
         """Rays of a batch, each with the near plane of its photo, and beside ``image [R, 3]`` their ``depth [R]``; the

@@ -5,8 +5,8 @@ of the photo itself (never of a rounded level), and what does not fill a block a
 that level ``l`` is exactly the photo of a camera with ``fx / 2**l`` and ``cx / 2**l``. Pyramid supervision: InfNeRF,
 section 3.4.
 
-All photos and levels stand in one uint8 buffer, a *segment* per photo and level, in the order of photos, levels, rows,
-columns. P pixels in all, R drawn pixels, C channels.
+All photos and levels stand in one uint8 buffer, a *segment* per photo and level, in the order of photos (as given, or
+one in which neighbours follow each other), levels, rows, columns. P pixels in all, R drawn pixels, C channels.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
+from typing import NamedTuple
 
 import cv2
 import numpy as np
@@ -27,7 +28,21 @@ MIN_SIDE = 8
 _MAX_ROUNDS = 100
 _LARGEST_ROUND = 1 << 20  # pixels
 _FEW_VALID = 0.02
-_Draw = Callable[[int, torch.Generator | None], Tensor]
+_WINDOW_ROUNDS = 8
+
+
+class _Window(NamedTuple):
+    """Photos that follow each other in the buffer, whose end is followed by its beginning."""
+
+    pixel: int
+    """first one"""
+    pixels: int
+    chance: float
+    """up to its first segment, of ``level_cdf``"""
+    chances: float
+
+
+_Draw = Callable[[int, torch.Generator | None, _Window], Tensor]
 
 
 def num_levels(height: int, width: int, limit: int) -> int:
@@ -107,6 +122,7 @@ class PixelPyramid:
         max_levels: levels per photo, fewer for small photos.
         masked: whether photos come with masks.
         level_share: share of the draws in which every level has the same chance, instead of every pixel of all levels.
+        order: the photos in the order in which they stand in the buffer; as given if None.
     """
 
     def __init__(
@@ -116,12 +132,15 @@ class PixelPyramid:
         max_levels: int,
         masked: bool = False,
         level_share: float = 0.0,
+        order: list[int] | None = None,
     ) -> None:
         self.level_share = level_share
+        order = list(range(len(sizes))) if order is None else order
+        levels = [num_levels(*sizes[photo], max_levels) for photo in order]
         segments = [
-            (photo, level, height >> level, width >> level)
-            for photo, (height, width) in enumerate(sizes)
-            for level in range(num_levels(height, width, max_levels))
+            (photo, level, sizes[photo][0] >> level, sizes[photo][1] >> level)
+            for photo, count in zip(order, levels)
+            for level in range(count)
         ]
         photo, level, height, width = torch.tensor(segments, dtype=torch.int64).T.contiguous()
         self.photo, self.level, self.height, self.width = photo, level, height, width
@@ -131,7 +150,10 @@ class PixelPyramid:
         self.num_pixels = int(ends[-1])
         self.pixels = torch.empty((self.num_pixels, channels), dtype=torch.uint8)
         self.valid: Bool[Tensor, "p"] | None = torch.ones(self.num_pixels, dtype=torch.bool) if masked else None
-        self._segments_of = [range(*_span(photo, index)) for index in range(len(sizes))]
+        first = torch.tensor([0, *levels]).cumsum(0)
+        self._first = first
+        """first segment of each photo, in the order of the buffer, and one past the last"""
+        self._segments_of = {photo: range(*first[i : i + 2].tolist()) for i, photo in enumerate(order)}
 
     def set_photo(self, photo: int, image: NDArray[np.uint8], mask: NDArray[np.bool_] | None = None) -> None:
         """Fills all levels of one photo.
@@ -183,7 +205,9 @@ class PixelPyramid:
             vars(self).pop(name, None)
         return self
 
-    def draw(self, num_rays: int, patch_size: int = 1, generator: torch.Generator | None = None) -> PixelDraw:
+    def draw(
+        self, num_rays: int, patch_size: int = 1, generator: torch.Generator | None = None, photos: int = 0
+    ) -> PixelDraw:
         """Draws uniformly over the valid pixels of all levels (or partly over the levels: ``level_share``); the same
         seed draws the same pixels.
 
@@ -192,11 +216,22 @@ class PixelPyramid:
             patch_size: side of the square patches. A patch lies within one level and holds no masked pixel, and its
                 pixels follow each other row by row.
             generator: source of randomness, on the device of the pyramid; the global one if None.
+            photos: all pixels of a draw come from so many photos that follow each other in the buffer; 0: from all.
+                Photos of the same size have the same chance.
 
         Raises:
             ValueError: no valid pixel (or patch) was found.
         """
-        flat = self._draw_corners(max(1, num_rays // patch_size**2), patch_size, generator)
+        count, everything = max(1, num_rays // patch_size**2), _Window(0, self.num_pixels, 0.0, 1.0)
+        if 0 < photos < len(self._first) - 1:
+            middle = self._accepted(self._uniform, 1, patch_size, generator, everything)
+            window = self._window(middle, photos)
+            flat = self._draw_corners(count, patch_size, generator, window, _WINDOW_ROUNDS)
+            if len(flat) < count:  # hardly a valid pixel there
+                rest = self._draw_corners(count - len(flat), patch_size, generator, everything)
+                flat = torch.cat([flat, rest])
+        else:
+            flat = self._draw_corners(count, patch_size, generator, everything)
         if patch_size > 1:
             steps = torch.arange(patch_size, device=flat.device)
             width = self.width[self._segment(flat)]
@@ -212,40 +247,74 @@ class PixelPyramid:
     def _segment(self, flat: Int[Tensor, "r"]) -> Int[Tensor, "r"]:
         return torch.searchsorted(self.start, flat, right=True) - 1
 
-    def _draw_corners(self, count: int, patch_size: int, generator: torch.Generator | None) -> Int[Tensor, "n"]:
-        """Flat indices of pixels (upper left pixels of patches) that are valid."""
+    def _window(self, pixel: Int[Tensor, "1"], photos: int) -> _Window:
+        """So many photos around the one of a pixel."""
+        count = len(self._first) - 1
+        middle = int(torch.searchsorted(self._first, self._segment(pixel).cpu(), right=True)) - 1
+        begin = (middle - photos // 2) % count
+        bounds = [int(self._first[begin]), int(self._first[(begin + photos) % count])]
+        pixel, end = (int(self.start[segment]) for segment in bounds)
+        chance, end_chance = (float(self.level_cdf[segment - 1]) if segment else 0.0 for segment in bounds)
+        return _Window(pixel, (end - pixel) % self.num_pixels, chance, (end_chance - chance) % 1)
+
+    def _draw_corners(
+        self,
+        count: int,
+        patch_size: int,
+        generator: torch.Generator | None,
+        window: _Window,
+        rounds: int | None = None,
+    ) -> Int[Tensor, "n"]:
+        """Flat indices of pixels (upper left pixels of patches) that are valid; with a number of rounds perhaps fewer
+        than ``count``."""
         by_level = round(self.level_share * count)
         parts = [(self._uniform, count - by_level), (self._uniform_over_levels, by_level)]
-        return torch.cat([self._accepted(draw, number, patch_size, generator) for draw, number in parts if number])
+        return torch.cat(
+            [self._accepted(draw, number, patch_size, generator, window, rounds) for draw, number in parts if number]
+        )
 
     def _accepted(
-        self, draw: _Draw, count: int, patch_size: int, generator: torch.Generator | None
+        self,
+        draw: _Draw,
+        count: int,
+        patch_size: int,
+        generator: torch.Generator | None,
+        window: _Window,
+        rounds: int | None = None,
     ) -> Int[Tensor, "n"]:
-        """The first ``count`` draws that fit."""
+        """The first ``count`` draws that fit, or those of ``rounds`` rounds."""
         kept: list[Tensor] = []
         missing, tried, found = count, 0, 0
-        for _ in range(_MAX_ROUNDS):
+        for _ in range(rounds or _MAX_ROUNDS):
             # After a round with few hits the next one is as much larger.
             number = min(missing * max(1, tried // max(found, 1)), max(missing, _LARGEST_ROUND // patch_size**2))
-            flat = draw(number, generator)
+            flat = draw(number, generator, window)
             flat = flat[self._fits(flat, patch_size)][:missing]
             kept.append(flat)
             missing, tried, found = missing - len(flat), tried + number, found + len(flat)
             if missing == 0:
-                return kept[0] if len(kept) == 1 else torch.cat(kept)
-        raise ValueError(f"no {patch_size} x {patch_size} patch of valid pixels found in {tried} draws")
+                break
+        if missing and rounds is None:
+            raise ValueError(f"no {patch_size} x {patch_size} patch of valid pixels found in {tried} draws")
+        return kept[0] if len(kept) == 1 else torch.cat(kept)
 
-    def _uniform(self, count: int, generator: torch.Generator | None) -> Int[Tensor, "n"]:
+    def _uniform(self, count: int, generator: torch.Generator | None, window: _Window) -> Int[Tensor, "n"]:
         """Any pixel, also masked ones unless most are masked."""
-        if self._few_valid is not None:
-            pick = torch.randint(len(self._few_valid), (count,), generator=generator, device=self.start.device)
-            return self._few_valid[pick]
-        return torch.randint(self.num_pixels, (count,), generator=generator, device=self.start.device)
+        device, few = self.start.device, self._few_valid
+        if few is None:
+            pick = torch.randint(window.pixels, (count,), generator=generator, device=device)
+            return (window.pixel + pick) % self.num_pixels
+        bounds = torch.tensor([window.pixel, window.pixel + window.pixels], device=device)
+        wraps = bounds >= self.num_pixels
+        first, end = (torch.searchsorted(few, bounds % self.num_pixels) + len(few) * wraps).tolist()
+        pick = torch.randint(end - first, (count,), generator=generator, device=device)
+        return few[(first + pick) % len(few)]
 
-    def _uniform_over_levels(self, count: int, generator: torch.Generator | None) -> Int[Tensor, "n"]:
+    def _uniform_over_levels(self, count: int, generator: torch.Generator | None, window: _Window) -> Int[Tensor, "n"]:
         """Any pixel, also masked ones, so that the valid ones among them are alike within a level and every level has
         the same number of them."""
         chance, place = torch.rand(2, count, dtype=torch.float64, generator=generator, device=self.start.device)
+        chance = (window.chance + chance * window.chances) % 1
         segment = torch.searchsorted(self.level_cdf, chance, right=True).clamp(max=len(self.start) - 1)
         first, size = self.start[segment], (self.height * self.width)[segment]
         if self._few_valid is not None:
@@ -267,12 +336,6 @@ class PixelPyramid:
             inside = flat[:, None, None] + steps[:, None] * width[:, None, None] + steps
             fits &= self.valid[inside.clamp(max=self.num_pixels - 1)].all(dim=-1).all(dim=-1)
         return fits
-
-
-def _span(sorted_values: Int[Tensor, "s"], value: int) -> tuple[int, int]:
-    """First and one past the last index of ``value``."""
-    first, last = torch.searchsorted(sorted_values, torch.tensor([value, value + 1])).tolist()
-    return first, last
 
 
 def level_mean(image: Float[Tensor, "h w c"], level: int) -> Float[Tensor, "h2 w2 c"]:

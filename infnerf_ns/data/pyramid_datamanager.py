@@ -31,6 +31,7 @@ from nerfstudio.utils.rich_utils import CONSOLE
 from torch import Tensor
 
 from infnerf_ns.data import checks
+from infnerf_ns.data.photo_order import neighbour_order
 from infnerf_ns.data.point_files import IMPLIED_TRANSFORM, colmap_tracks, ply_points
 from infnerf_ns.data.pyramid import PixelPyramid, downsample_mask, level_mean, num_levels
 from infnerf_ns.data.pyramid_loading import circle_mask, load_pyramid
@@ -50,6 +51,9 @@ class PyramidDataManagerConfig(VanillaDataManagerConfig):
     level_share: Annotated[float, Range(0.0, 1.0)] = 0.4
     """Share of the training rays in which every pyramid level has the same chance. The others are uniform over the
     pixels of all levels (the paper), of which the coarsest level has less than 1 in 300."""
+    photos_per_step: Annotated[int, Range(0)] = 0
+    """Photos that the rays of a training step come from: a random one and its neighbours in the air. A step then visits
+    one part of the tree, whatever the size of the scene. 0: all photos."""
     ray_table_mib: Annotated[int, Range(0)] = 512
     """Memory for precomputed ray directions (16 bytes per pixel of one photo, photos with equal intrinsics share them).
     If they do not fit, rays are computed anew for every batch, which is about 10 times slower."""
@@ -70,12 +74,14 @@ class _RaySource:
 
     pyramid: PixelPyramid
     rays: PyramidRays
+    photos: int
+    """that a batch comes from; 0: all"""
 
     def batch(self, num_rays: int, patch_size: int) -> tuple[RayBundle, dict[str, Tensor]]:
         """R random rays and their batch: image [R, C] in 0..1, indices [R, 3] (photo, row, column), pyramid_level
         [R]."""
         try:
-            draw = self.pyramid.draw(num_rays, patch_size)
+            draw = self.pyramid.draw(num_rays, patch_size, photos=self.photos)
         except ValueError as error:
             raise InputError(f"{error}: check the masks, or lower --pipeline.datamanager.patch-size") from error
         device = self.rays.cameras.device
@@ -235,12 +241,15 @@ class PyramidDataManager(VanillaDataManager):
 
     @cached_property
     def _train_source(self) -> _RaySource:
-        return self._load_source(self.train_dataset, "train", self.config.ray_table_mib << 20, self.config.level_share)
+        config = self.config
+        return self._load_source(
+            self.train_dataset, "train", config.ray_table_mib << 20, config.level_share, config.photos_per_step
+        )
 
     @cached_property
     def _eval_source(self) -> _RaySource:
         self._require_eval_photos()
-        return self._load_source(self.eval_dataset, "held-out", 0, 0.0)
+        return self._load_source(self.eval_dataset, "held-out", 0, 0.0, 0)
 
     @cached_property
     def fixed_indices_eval_dataloader(self) -> FixedIndicesEvalDataloader:
@@ -261,7 +270,9 @@ class PyramidDataManager(VanillaDataManager):
                 "change --eval-mode / --train-split-fraction / --eval-interval of the dataparser"
             )
 
-    def _load_source(self, dataset: InputDataset, name: str, table_bytes: int, level_share: float) -> _RaySource:
+    def _load_source(
+        self, dataset: InputDataset, name: str, table_bytes: int, level_share: float, photos: int
+    ) -> _RaySource:
         config = self.config
         pyramid = load_pyramid(
             dataset,
@@ -271,12 +282,13 @@ class PyramidDataManager(VanillaDataManager):
             ignore_masks=config.pixel_sampler.ignore_mask,
             level_share=level_share,
             crop_radius=self._crop_radius(dataset),
+            order=neighbour_order(dataset.cameras) if photos else None,
         )
         if not pyramid.any_valid():
             raise InputError(f"the masks hide every pixel of the {name} photos: in a mask 0 means ignore")
         if config.images_on_gpu:
             pyramid.to(self.device)
-        return _RaySource(pyramid, PyramidRays(dataset.cameras.to(self.device), pyramid, table_bytes))
+        return _RaySource(pyramid, PyramidRays(dataset.cameras.to(self.device), pyramid, table_bytes), photos)
 
     def _crop_radius(self, dataset: InputDataset) -> float | None:
         """Radius in pixels of the part of a fisheye photo that counts. nerfstudio's is one of the full-size photo, for

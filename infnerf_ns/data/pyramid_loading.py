@@ -26,6 +26,7 @@ def load_pyramid(
     ignore_masks: bool = False,
     level_share: float = 0.0,
     crop_radius: float | None = None,
+    order: list[int] | None = None,
 ) -> PixelPyramid:
     """Decodes all photos of a dataset, in threads, into a pyramid.
 
@@ -36,6 +37,7 @@ def load_pyramid(
         ignore_masks: draw masked pixels, too.
         level_share: share of the draws in which every level has the same chance.
         crop_radius: pixels farther from the middle of a photo are masked.
+        order: of the photos in the pyramid.
 
     Raises:
         InputError: a photo or mask cannot be decoded, or the photos do not fit into memory.
@@ -47,7 +49,7 @@ def load_pyramid(
     channels = 3 if composited else max(3, max(bands for _, _, bands in headers))
     masked = (outputs.mask_filenames is not None and not ignore_masks) or crop_radius is not None
     _check_memory(sizes, channels + masked, max_levels, name)
-    pyramid = PixelPyramid(sizes, channels, max_levels, masked, level_share)
+    pyramid = PixelPyramid(sizes, channels, max_levels, masked, level_share, order)
     image_type = (
         "float32" if composited or dataset.mask_color else "uint8"
     )  # nerfstudio truncates composited uint8 colours
