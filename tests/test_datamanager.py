@@ -21,6 +21,7 @@ from nerfstudio.scripts.render import _disable_datamanager_setup
 from PIL import Image
 from tiny_capture import HEIGHT, WIDTH, photo, shared_capture, write_capture, write_colmap, write_json
 
+from infnerf_ns.data.photo_order import neighbour_order
 from infnerf_ns.data.pyramid import downsample, downsample_mask
 from infnerf_ns.data.pyramid_datamanager import PyramidDataManager, PyramidDataManagerConfig
 from infnerf_ns.errors import InputError
@@ -114,6 +115,24 @@ def test_same_seed_same_batches(tmp_path: Path) -> None:
         torch.manual_seed(5)
         batches.append([manager.next_train(step)[1]["indices"] for step in range(3)])
     assert all(torch.equal(a, b) for a, b in zip(*batches))
+
+
+def test_the_rays_of_a_step_come_from_neighbouring_photos(tmp_path: Path) -> None:
+    write_capture(tmp_path)
+    manager = make_config(tmp_path, photos_per_step=3).setup()
+    order = neighbour_order(manager.train_dataset.cameras)
+    seen = set()
+    for step in range(40):
+        rays, batch = manager.next_train(step)
+        places = {order.index(photo) for photo in batch["indices"][:, 0].tolist()}
+        assert any(places == {(first + i) % len(order) for i in range(3)} for first in range(len(order)))
+        seen |= places
+        row, column, level = batch["indices"][0, 1].item(), batch["indices"][0, 2].item(), batch["pyramid_level"][0]
+        name = manager.train_dataset.image_filenames[int(rays.camera_indices[0, 0])].stem
+        expected = downsample(photo(int(name)), int(level))[row, column] / 255.0
+        np.testing.assert_allclose(batch["image"][0], expected, atol=1e-6)
+    assert len(seen) == len(order) > 3
+    assert len(set(manager.next_eval(0)[1]["indices"][:, 0].tolist())) == len(manager.eval_dataset)
 
 
 def test_masked_pixels_are_never_drawn(tmp_path: Path) -> None:

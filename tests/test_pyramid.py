@@ -11,6 +11,7 @@ from nerfstudio.cameras.cameras import Cameras, CameraType
 from nerfstudio.model_components.ray_generators import RayGenerator
 from tiny_capture import ring
 
+from infnerf_ns.data.photo_order import hilbert_index, neighbour_order
 from infnerf_ns.data.pyramid import PixelPyramid, downsample, downsample_mask, level_mean, num_levels
 from infnerf_ns.data.pyramid_rays import PyramidRays
 
@@ -268,3 +269,51 @@ def test_level_share_gives_every_level_the_same_chance() -> None:
         pixels = (pyramid.height * pyramid.width).double()
         expected = 40_000 * (share / 4 + (1 - share) * pixels / pixels.sum())
         assert (count - expected).abs().max() < 5 * expected.sqrt().max()
+
+
+def test_neighbours_follow_each_other() -> None:
+    """A Hilbert curve visits every cell once, and moves to an adjacent one each time."""
+    cells = np.stack(np.meshgrid(*[np.arange(16)] * 3, indexing="ij"), axis=-1).reshape(-1, 3)
+    index = hilbert_index(cells, bits=4)
+    assert np.array_equal(np.sort(index), np.arange(16**3))
+    assert np.abs(np.diff(cells[np.argsort(index)], axis=0)).sum(axis=1).tolist() == [1] * (16**3 - 1)
+    poses = torch.eye(4)[:3].repeat(400, 1, 1)
+    poses[:, :3, 3] = torch.rand(400, 3, generator=torch.Generator().manual_seed(0)) * torch.tensor([90.0, 60.0, 9.0])
+    cameras = Cameras(poses, fx=50.0, fy=50.0, cx=32.0, cy=24.0, width=64, height=48)
+    order = neighbour_order(cameras)
+    assert sorted(order) == list(range(400))
+    flown = (poses[order, :, 3].diff(dim=0)).norm(dim=-1).mean()
+    assert flown < 8, "an order by chance has 40"
+    cameras.camera_to_worlds[:, :3, 3] = 1.0
+    assert sorted(neighbour_order(cameras)) == list(range(400)), "all at one place"
+
+
+@pytest.mark.parametrize("level_share", [0.0, 0.4])
+@pytest.mark.parametrize("masked", ["no", "partly", "mostly"])
+def test_draws_from_neighbouring_photos(masked: str, level_share: float) -> None:
+    """All pixels of a draw lie in photos that follow each other on the ring; over many draws photos and levels are
+    drawn as without neighbours."""
+    order, photos = [3, 1, 2, 0, 9, 8, 7, 6, 5, 4], 3
+    pyramid = PixelPyramid([(64, 64)] * 10, 3, 3, masked != "no", level_share, order)
+    rng, mask = np.random.default_rng(0), np.zeros((64, 64), bool)
+    mask[:, 32:] = masked == "partly"
+    mask[16:20, 8:12] = masked == "mostly"
+    images = [rng.integers(0, 256, (64, 64, 3), dtype=np.uint8) for _ in order]
+    for photo, image in enumerate(images):
+        pyramid.set_photo(photo, image, None if masked == "no" else mask)
+    generator = torch.Generator().manual_seed(0)
+    counts, levels = torch.zeros(10), torch.zeros(3)
+    for _ in range(600):
+        draw = pyramid.draw(64, generator=generator, photos=photos)
+        place = torch.tensor([order.index(int(photo)) for photo in draw.photo])
+        assert any(set((place - first).remainder(10).tolist()) <= set(range(photos)) for first in range(10))
+        counts += draw.photo.bincount(minlength=10)
+        levels += draw.level.bincount(minlength=3)
+        photo, level, row, column = (int(each[0]) for each in (draw.photo, draw.level, draw.row, draw.column))
+        assert draw.image[0].tolist() == downsample(images[photo], level)[row, column].tolist()
+        if masked != "no":
+            assert bool(pyramid.valid[pyramid.start[draw.segment] + draw.local].all())
+    # 600 intervals, each photo in three tenths of them: a standard deviation of 6 % of its share
+    assert ((counts / counts.sum() - 0.1).abs() < 0.025).all()
+    everywhere = pyramid.draw(600 * 64, generator=generator).level.bincount(minlength=3)
+    torch.testing.assert_close(levels / levels.sum(), everywhere / everywhere.sum(), atol=0.01, rtol=0)

@@ -28,7 +28,6 @@ MIN_SIDE = 8
 _MAX_ROUNDS = 100
 _LARGEST_ROUND = 1 << 20  # pixels
 _FEW_VALID = 0.02
-_WINDOW_ROUNDS = 8
 
 
 class _Window(NamedTuple):
@@ -225,11 +224,7 @@ class PixelPyramid:
         count, everything = max(1, num_rays // patch_size**2), _Window(0, self.num_pixels, 0.0, 1.0)
         if 0 < photos < len(self._first) - 1:
             middle = self._accepted(self._uniform, 1, patch_size, generator, everything)
-            window = self._window(middle, photos)
-            flat = self._draw_corners(count, patch_size, generator, window, _WINDOW_ROUNDS)
-            if len(flat) < count:  # hardly a valid pixel there
-                rest = self._draw_corners(count - len(flat), patch_size, generator, everything)
-                flat = torch.cat([flat, rest])
+            flat = self._draw_corners(count, patch_size, generator, self._window(middle, photos))
         else:
             flat = self._draw_corners(count, patch_size, generator, everything)
         if patch_size > 1:
@@ -258,34 +253,22 @@ class PixelPyramid:
         return _Window(pixel, (end - pixel) % self.num_pixels, chance, (end_chance - chance) % 1)
 
     def _draw_corners(
-        self,
-        count: int,
-        patch_size: int,
-        generator: torch.Generator | None,
-        window: _Window,
-        rounds: int | None = None,
+        self, count: int, patch_size: int, generator: torch.Generator | None, window: _Window
     ) -> Int[Tensor, "n"]:
-        """Flat indices of pixels (upper left pixels of patches) that are valid; with a number of rounds perhaps fewer
-        than ``count``."""
+        """Flat indices of pixels (upper left pixels of patches) that are valid."""
         by_level = round(self.level_share * count)
         parts = [(self._uniform, count - by_level), (self._uniform_over_levels, by_level)]
         return torch.cat(
-            [self._accepted(draw, number, patch_size, generator, window, rounds) for draw, number in parts if number]
+            [self._accepted(draw, number, patch_size, generator, window) for draw, number in parts if number]
         )
 
     def _accepted(
-        self,
-        draw: _Draw,
-        count: int,
-        patch_size: int,
-        generator: torch.Generator | None,
-        window: _Window,
-        rounds: int | None = None,
+        self, draw: _Draw, count: int, patch_size: int, generator: torch.Generator | None, window: _Window
     ) -> Int[Tensor, "n"]:
-        """The first ``count`` draws that fit, or those of ``rounds`` rounds."""
+        """The first ``count`` draws that fit."""
         kept: list[Tensor] = []
         missing, tried, found = count, 0, 0
-        for _ in range(rounds or _MAX_ROUNDS):
+        for _ in range(_MAX_ROUNDS):
             # After a round with few hits the next one is as much larger.
             number = min(missing * max(1, tried // max(found, 1)), max(missing, _LARGEST_ROUND // patch_size**2))
             flat = draw(number, generator, window)
@@ -293,10 +276,8 @@ class PixelPyramid:
             kept.append(flat)
             missing, tried, found = missing - len(flat), tried + number, found + len(flat)
             if missing == 0:
-                break
-        if missing and rounds is None:
-            raise ValueError(f"no {patch_size} x {patch_size} patch of valid pixels found in {tried} draws")
-        return kept[0] if len(kept) == 1 else torch.cat(kept)
+                return kept[0] if len(kept) == 1 else torch.cat(kept)
+        raise ValueError(f"no {patch_size} x {patch_size} patch of valid pixels found in {tried} draws")
 
     def _uniform(self, count: int, generator: torch.Generator | None, window: _Window) -> Int[Tensor, "n"]:
         """Any pixel, also masked ones unless most are masked."""
