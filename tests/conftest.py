@@ -29,3 +29,11 @@ def fixed_seed() -> None:
     np.random.seed(0)
     torch.manual_seed(0)
     numba.set_num_threads(1)
+
+
+@pytest.fixture(scope="session")
+def trained(tmp_path_factory: pytest.TempPathFactory):  # noqa: ANN201
+    """A real run of the demo scene, for all end-to-end tests."""
+    from commands import trained_run
+
+    return trained_run(tmp_path_factory.getbasetemp())

@@ -1,4 +1,4 @@
-"""The own commands: their output, and their one-line errors. ``infnerf-picture`` on a real run: test_end_to_end.py."""
+"""The own commands: their output, and their one-line errors. On a real run: test_end_to_end_commands.py."""
 
 from __future__ import annotations
 

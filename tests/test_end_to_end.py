@@ -1,48 +1,26 @@
-"""The ns-* commands from training to export, as a user types them."""
+"""ns-train and ns-eval as a user types them: training, interruption, resume, evaluation."""
 
 from __future__ import annotations
 
 import json
-import math
-import shutil
 import signal
-import subprocess
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-import trimesh
-from commands import STEPS, STEPS_PER_SAVE, TOWN, Finished, Running, Trained, run_all, trained_run
-from nerfstudio.cameras.cameras import Cameras
-from nerfstudio.cameras.rays import RayBundle
-from nerfstudio.data.dataparsers.base_dataparser import DataparserOutputs
+from commands import STEPS, STEPS_PER_SAVE, Finished, Running, Trained, run_all
 from nerfstudio.utils.eval_utils import eval_setup
-from PIL import Image
-from scipy.spatial import cKDTree
+from results import WIDTH, picture, town
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from infnerf_ns.cli.picture import Picture
-from infnerf_ns.data.demo_dataparser import InfNeRFDemoDataParserConfig
 from infnerf_ns.data.pyramid import level_mean
-from infnerf_ns.errors import InputError
 from infnerf_ns.image_metrics import image_metrics
 from infnerf_ns.model import APPEARANCE
-from infnerf_ns.sampler import LoDSampler, SamplerConfig
-from infnerf_ns.training.checkpoints import checkpoint_path, is_whole, list_checkpoints
+from infnerf_ns.training.checkpoints import is_whole, list_checkpoints
 
 pytestmark = pytest.mark.slow
-WIDTH, HEIGHT = TOWN["image_width"], TOWN["image_height"]
-needs_ffmpeg = pytest.mark.skipif(
-    shutil.which("ffmpeg") is None, reason="ffmpeg is not installed: ns-render refuses to make videos and camera paths"
-)
-
-
-@pytest.fixture(scope="session")
-def trained(tmp_path_factory: pytest.TempPathFactory) -> Trained:
-    return trained_run(tmp_path_factory.getbasetemp())
 
 
 def losses(run: Path) -> dict[int, float]:
@@ -50,21 +28,6 @@ def losses(run: Path) -> dict[int, float]:
     events = EventAccumulator(str(run), size_guidance={"scalars": 0})
     events.Reload()
     return {event.step: event.value for event in events.Scalars("Train Loss")}
-
-
-def picture(path: Path) -> np.ndarray:
-    """An image file [H, W, 3], 0..1."""
-    return np.asarray(Image.open(path).convert("RGB"), dtype=np.float64) / 255
-
-
-def town(trained: Trained, split: str) -> DataparserOutputs:
-    """What the trainings see."""
-    config = InfNeRFDemoDataParserConfig(**TOWN, cache_dir=trained.workplace.town_cache)
-    return config.setup().get_dataparser_outputs(split=split)
-
-
-def correlation(a: np.ndarray, b: np.ndarray) -> float:
-    return float(np.corrcoef(a.ravel(), b.ravel())[0, 1])
 
 
 # -- training ----------------------------------------------------------------------------------------------------------
@@ -236,271 +199,3 @@ def test_eval_falls_back_where_the_newest_checkpoint_is_damaged(evaluated: dict,
     warning = next(line for line in finished.err.splitlines() if line.startswith("infnerf: warning"))
     assert damaged.name in warning and before.name in warning
     assert written["checkpoint"] == str(before)
-
-
-# -- rendering ---------------------------------------------------------------------------------------------------------
-
-OUTPUTS = ("rgb", "depth", "expected_depth", "accumulation", "level", "normals")
-CAMERAS = {"perspective": (WIDTH, HEIGHT), "fisheye": (HEIGHT, HEIGHT), "equirectangular": (4 * WIDTH, 2 * WIDTH)}
-
-
-LOOKED_FROM = 28  # number of a train photo: straight down on the town
-
-
-def write_camera_path(path: Path, kind: str, camera: Cameras) -> None:
-    """A path of one camera, as the viewer writes it."""
-    pose = np.eye(4)
-    pose[:3] = camera.camera_to_worlds.numpy()
-    fov = math.degrees(2 * math.atan(HEIGHT / 2 / float(camera.fy)))
-    width, height = CAMERAS[kind]
-    frame = {"camera_to_world": pose.ravel().tolist(), "fov": fov, "aspect": width / height}
-    content = {"camera_type": kind, "render_width": width, "render_height": height, "seconds": 1.0, "fps": 1.0}
-    path.write_text(json.dumps({**content, "camera_path": [frame], "crop": None}))
-
-
-@pytest.fixture(scope="module")
-def renders(trained: Trained) -> Path:
-    """A folder with everything that ns-render renders, by kind."""
-    place, folder = trained.workplace, trained.workplace.folder / "renders"
-    folder.mkdir()
-    images = ["--output-format", "images", "--image-format", "png"]
-    kinds = {"dataset": ["--output-path", folder / "dataset", "--image-format", "png", "--split", "train+test"]}
-    if shutil.which("ffmpeg") is not None:
-        names = ["--rendered-output-names", "rgb", "depth", "level", "normals"]
-        kinds["interpolate"] = ["--output-path", folder / "interpolate", "--interpolation-steps", 2, *images, *names]
-        kinds["spiral"] = ["--output-path", folder / "spiral.mp4", "--seconds", 0.25]
-        for kind in CAMERAS:
-            write_camera_path(folder / f"{kind}.json", kind, town(trained, "train").cameras[LOOKED_FROM])
-            path = ["--camera-path-filename", folder / f"{kind}.json"]
-            kinds[kind] = ["--output-path", folder / kind, *path, *images]
-    subcommands = dict.fromkeys(CAMERAS, "camera-path")
-    commands = {
-        f"render_{kind}": ["ns-render", subcommands.get(kind, kind), "--load-config", trained.config, *flags]
-        for kind, flags in kinds.items()
-    }
-    for finished in run_all(commands, place.logs).values():
-        finished.succeeded()
-    return folder
-
-
-def dataset_renders(renders: Path, split: str, output: str) -> np.ndarray:
-    """All renders of a split [photos, H, W, 3]."""
-    return np.stack([picture(path) for path in sorted((renders / "dataset" / split / output).iterdir())])
-
-
-def test_dataset_renders_every_output(renders: Path) -> None:
-    held_out = TOWN["num_photos"] // TOWN["eval_interval"]
-    for split, count in (("train", TOWN["num_photos"] - held_out), ("test", held_out)):
-        for output in OUTPUTS:
-            images = dataset_renders(renders, split, output)
-            assert images.shape == (count, HEIGHT, WIDTH, 3)
-            assert images.std(axis=(1, 2)).mean(axis=0).max() > 0.02, f"{output} is blank"
-
-
-def test_renders_are_upright(renders: Path) -> None:
-    photos, rendered = (dataset_renders(renders, "train", output) for output in ("gt-rgb", "rgb"))
-    upright = correlation(photos, rendered)
-    assert upright > 0.6
-    wrong = {"photos": 0, "rows": 1, "columns": 2, "colours": 3}
-    for name, axis in wrong.items():
-        assert upright > correlation(photos, np.flip(rendered, axis)) + 0.1, f"the {name} are reversed"
-
-
-@needs_ffmpeg
-def test_camera_path_renders_what_the_dataset_renders(renders: Path) -> None:
-    expected = dataset_renders(renders, "train", "rgb")[LOOKED_FROM]
-    rendered = picture(renders / "perspective" / "00000.png")
-    assert rendered.shape == expected.shape
-    assert np.abs(rendered - expected).mean() < 2 / 255
-
-
-FLIPS = {"rows": 0, "columns": 1, "both": (0, 1)}
-
-
-@needs_ffmpeg
-def test_the_middle_of_a_fisheye_image_is_that_of_a_perspective_one(renders: Path) -> None:
-    fisheye, perspective = (picture(renders / kind / "00000.png") for kind in ("fisheye", "perspective"))
-    assert fisheye.shape == (HEIGHT, HEIGHT, 3)
-
-    def middle(image: np.ndarray) -> np.ndarray:
-        row, column = image.shape[0] // 2, image.shape[1] // 2
-        return image[row - 8 : row + 8, column - 8 : column + 8]
-
-    difference = np.abs(middle(fisheye) - middle(perspective)).mean()
-    assert difference < 0.01
-    for name, axes in FLIPS.items():
-        assert np.abs(np.flip(middle(fisheye), axes) - middle(perspective)).mean() > 2 * difference, f"{name} reversed"
-
-
-@needs_ffmpeg
-def test_an_equirectangular_image_shows_directions_where_they_are(renders: Path, trained: Trained) -> None:
-    """Its pixels within 0.4 rad of the middle against the perspective render in their directions."""
-    image, perspective = (picture(renders / kind / "00000.png") for kind in ("equirectangular", "perspective"))
-    height, width = image.shape[:2]
-    assert (width, height) == CAMERAS["equirectangular"]
-    latitude = np.pi * (0.5 - (np.arange(height) + 0.5) / height)
-    longitude = 2 * np.pi * ((np.arange(width) + 0.5) / width - 0.5)
-    rows, columns = np.nonzero((np.abs(latitude) < 0.4)[:, None] & (np.abs(longitude) < 0.4)[None])
-    focal = float(town(trained, "train").cameras[LOOKED_FROM].fy)
-    right = np.tan(longitude[columns])
-    up = np.tan(latitude[rows]) / np.cos(longitude[columns])
-    seen = perspective[(HEIGHT / 2 - focal * up).astype(int), (WIDTH / 2 + focal * right).astype(int)]
-    shape = (len(np.unique(rows)), len(np.unique(columns)), 3)
-    shown, expected = image[rows, columns].reshape(shape), seen.reshape(shape)
-    agreement = correlation(shown, expected)
-    assert agreement > 0.8
-    for name, axes in FLIPS.items():
-        assert agreement > correlation(np.flip(shown, axes), expected) + 0.1, f"{name} reversed"
-
-
-@needs_ffmpeg
-def test_interpolate_renders_outputs_side_by_side(renders: Path) -> None:
-    frames = sorted((renders / "interpolate").glob("*.png"))
-    assert len(frames) == 2 * (TOWN["num_photos"] // TOWN["eval_interval"] - 1)
-    for frame in frames:
-        assert picture(frame).shape == (HEIGHT, 4 * WIDTH, 3)
-
-
-@needs_ffmpeg
-def test_spiral_is_a_video(renders: Path) -> None:
-    video = renders / "spiral.mp4"
-    command = ["ffmpeg", "-v", "error", "-i", video, "-f", "rawvideo", "-pix_fmt", "rgb24", "-"]
-    frames = np.frombuffer(subprocess.run(command, capture_output=True, check=True).stdout, dtype=np.uint8)
-    frames = frames.reshape(-1, HEIGHT, WIDTH, 3)
-    assert len(frames) == 6
-    assert frames.std(axis=(1, 2)).max() > 5
-
-
-# -- export ------------------------------------------------------------------------------------------------------------
-
-
-@pytest.fixture(scope="module")
-def exports(trained: Trained) -> Path:
-    """A folder with everything that ns-export exports, by kind, in small."""
-    attempt = subprocess.run([sys.executable, "-c", "import open3d"], capture_output=True, text=True)
-    if attempt.returncode != 0:
-        pytest.skip(f"ns-export needs open3d, which does not load: {attempt.stderr.strip().splitlines()[-1]}")
-    folder = trained.workplace.folder / "exports"
-    texture = ["--num-pixels-per-side", 128, "--target-num-faces", 300]
-    points = ["--num-points", 3000, "--num-rays-per-batch", 2048]
-    kinds = {"pointcloud": points, "tsdf": ["--resolution", 32, *texture], "poisson": [*points, *texture]}
-    kinds["cameras"] = []
-    commands = {
-        f"export_{kind}": ["ns-export", kind, "--load-config", trained.config, "--output-dir", folder / kind, *flags]
-        for kind, flags in kinds.items()
-    }
-    for finished in run_all(commands, trained.workplace.logs).values():
-        finished.succeeded()
-    return folder
-
-
-def share_on_surface(points: np.ndarray, trained: Trained) -> float:
-    """Share of the points above the town's block that lie within 2 m of a surface point of the town."""
-    core = points[(np.abs(points[:, :2]) < 0.8).all(axis=1)]
-    assert len(core) > 300
-    surface = cKDTree(town(trained, "train").metadata["points3D_xyz"].numpy())
-    return float((surface.query(core)[0] < 0.05).mean())
-
-
-def test_exported_points_lie_on_the_town(exports: Path, trained: Trained) -> None:
-    file = exports / "pointcloud" / "point_cloud.ply"
-    assert b" nx\n" in file.read_bytes()[:500]
-    cloud = trimesh.load(file)
-    assert len(cloud.vertices) > 1000 and np.isfinite(cloud.vertices).all()
-    assert np.asarray(cloud.colors)[:, :3].std(axis=0).min() > 10
-    mesh = trimesh.load(exports / "poisson" / "poisson_mesh.ply")  # the voxels of the small tsdf are coarser than 2 m
-    for vertices in (cloud.vertices, mesh.vertices):
-        assert share_on_surface(vertices, trained) > 0.35
-        assert share_on_surface(vertices + (0, 0, 0.2), trained) < 0.25, "a shifted one would be noticed"
-
-
-@pytest.mark.parametrize("kind, mesh_file", [("tsdf", "tsdf_mesh.ply"), ("poisson", "poisson_mesh.ply")])
-def test_exported_mesh_has_a_texture(exports: Path, kind: str, mesh_file: str) -> None:
-    mesh = trimesh.load(exports / kind / mesh_file)
-    assert len(mesh.faces) > 100 and np.isfinite(mesh.vertices).all()
-    assert len(trimesh.load(exports / kind / "mesh.obj").faces) > 50
-    assert picture(exports / kind / "material_0.png").std(axis=(0, 1)).max() > 0.03
-
-
-def test_texture_rays_are_rendered_where_they_are() -> None:
-    """Texture export renders rays shorter than the near plane, which must not push them through the mesh."""
-    sampler = LoDSampler(SamplerConfig(), near=0.3, bend=5.0).eval()
-    ones = torch.ones(4, 1)
-    rays = RayBundle(torch.zeros(4, 3), torch.eye(3)[[0, 1, 2, 0]], ones, nears=0 * ones, fars=0.02 * ones)
-    samples, _, _ = sampler(rays, lambda positions, footprints: torch.ones(len(positions)), step=0)
-    assert samples.frustums.ends.max() <= 0.02 + 1e-6
-    assert ((samples.frustums.starts < 0.01) & (samples.frustums.ends > 0.01)).any(dim=1).all()
-
-
-def test_exported_cameras_are_those_of_the_capture(exports: Path, trained: Trained) -> None:
-    frames = {
-        split: json.loads((exports / "cameras" / f"transforms_{split}.json").read_text()) for split in ("train", "eval")
-    }
-    assert len(frames["train"]) + len(frames["eval"]) == TOWN["num_photos"]
-    poses = np.array([frame["transform"] for frame in frames["eval"]])
-    np.testing.assert_allclose(poses[:, :3], town(trained, "test").cameras.camera_to_worlds.numpy(), atol=1e-5)
-
-
-# -- help and wrong input ----------------------------------------------------------------------------------------------
-
-
-@pytest.fixture(scope="module")
-def answers(trained: Trained) -> dict[str, Finished]:
-    """What short commands answer."""
-    place = trained.workplace
-    picture_of = ["--load-config", trained.config]
-    quiet = ["--vis", "tensorboard", "--output-dir", place.folder / "refused"]
-    return run_all(
-        {
-            "help": ["ns-train", "infnerf", "-h"],
-            "bench_help": ["infnerf-bench", "quality", "-h"],
-            "picture": ["infnerf-picture", *picture_of, "--output", place.folder / "by_hand.jpg", "--photos", 0, 2],
-            "picture_type": ["infnerf-picture", *picture_of, "--output", place.folder / "by_hand.txt"],
-            "level": place.train("refused", "--pipeline.model.octree.max-level", 99),
-            "data": ["ns-train", "infnerf-small", *quiet, "--data", place.folder / "nowhere"],
-        },
-        place.logs,
-    )
-
-
-def test_help_explains_the_options(answers: dict[str, Finished]) -> None:
-    text = answers["help"].succeeded().out
-    for option in ("octree.max-level", "field.log2-table-size", "losses.transparency", "sampler.samples"):
-        assert f"--pipeline.model.{option}" in text
-    assert "--pipeline.eval-protocol {full,half}" in text
-    assert "Learning rate of the parameters of octree level L" in text
-    assert "the paper's protocol" in text
-    assert "Deepest octree level (0: the root alone)." in text
-
-
-def test_own_commands_answer(answers: dict[str, Finished], trained: Trained) -> None:
-    assert "--methods" in answers["bench_help"].succeeded().out
-    assert "infnerf: wrote" in answers["picture"].succeeded().out
-    assert picture(trained.workplace.folder / "by_hand.jpg").shape[0] == 2 * HEIGHT
-    assert "the name must end in .png or .jpg" in answers["picture_type"].refusal()
-
-
-def test_impossible_setting_is_one_line(answers: dict[str, Finished]) -> None:
-    line = answers["level"].refusal()
-    assert "--pipeline.model.octree.max-level 99" in line and "allowed is" in line
-
-
-def test_missing_capture_is_one_line(answers: dict[str, Finished], trained: Trained) -> None:
-    assert f"{trained.workplace.folder / 'nowhere'} does not exist: check --data" in answers["data"].refusal()
-
-
-def test_checkpoint_names_are_nerfstudios(trained: Trained) -> None:
-    assert checkpoint_path(trained.folder / "nerfstudio_models", STEPS - 1).is_file()
-
-
-def test_picture_shows_held_out_photos(trained: Trained, tmp_path: Path) -> None:
-    output = tmp_path / "new folder" / "held_out.png"
-    Picture(load_config=trained.config, output=output, photos=(0, 2), width=480).main()
-    shown = picture(output)
-    assert shown.shape[1] == 320, "five panels of 64 pixels are not enlarged"
-    assert shown.shape[0] == 2 * 48
-    for number in (0, 1):
-        row = shown[48 * number : 48 * (number + 1)]
-        assert correlation(row[:, :64], row[:, 64:128]) > 0.5, "the render resembles the photo beside it"
-    with pytest.raises(InputError, match="--photos 99: the run has 20 held-out photos"):
-        Picture(load_config=trained.config, output=output, photos=(99,)).main()

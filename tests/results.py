@@ -1,0 +1,29 @@
+"""What the commands left behind, for the end-to-end tests."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+from commands import TOWN, Trained
+from nerfstudio.data.dataparsers.base_dataparser import DataparserOutputs
+from PIL import Image
+
+from infnerf_ns.data.demo_dataparser import InfNeRFDemoDataParserConfig
+
+WIDTH, HEIGHT = TOWN["image_width"], TOWN["image_height"]
+
+
+def picture(path: Path) -> np.ndarray:
+    """An image file [H, W, 3], 0..1."""
+    return np.asarray(Image.open(path).convert("RGB"), dtype=np.float64) / 255
+
+
+def town(trained: Trained, split: str) -> DataparserOutputs:
+    """What the trainings see."""
+    config = InfNeRFDemoDataParserConfig(**TOWN, cache_dir=trained.workplace.town_cache)
+    return config.setup().get_dataparser_outputs(split=split)
+
+
+def correlation(a: np.ndarray, b: np.ndarray) -> float:
+    return float(np.corrcoef(a.ravel(), b.ravel())[0, 1])
