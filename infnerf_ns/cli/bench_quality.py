@@ -87,8 +87,10 @@ class Quality:
         print(describe_machine())
         self.output.parent.mkdir(parents=True, exist_ok=True)
         rows: list[dict] = []
-        for method, config in configs.items():
-            for row in self._train(method, config):
+        for number, (method, config) in enumerate(configs.items()):
+            # All settings together may be too long for the name of a folder.
+            config.timestamp = f"{number}-{method.partition(':')[0]}"
+            for row in self._train(config):
                 rows.append({"method": method, **row})
                 print(_line(rows[-1]), flush=True)
                 _write_table(rows, self.output.with_suffix(".csv"))
@@ -96,10 +98,10 @@ class Quality:
         _plot(rows, self.output.with_suffix(".png"), f"{self.data.name}, {self.clock} time")
         print(f"infnerf: wrote {self.output.with_suffix('.csv')} and {self.output.with_suffix('.png')}")
 
-    def _train(self, method: str, config: TrainerConfig) -> Iterator[dict]:
+    def _train(self, config: TrainerConfig) -> Iterator[dict]:
         """A row per measurement."""
         torch.manual_seed(self.seed)
-        trainer = self._trainer(method, config)
+        trainer = self._trainer(config)
         now: Callable[[], float] = time.process_time if self.clock == "cpu" else time.perf_counter
         budget = 60 * self.minutes[-1]
         # The first step compiles kernels that every later run finds in numba's cache.
@@ -122,8 +124,8 @@ class Quality:
             trainer.pipeline.train()
             yield {**row, **{f"psnr_{level}": round(value, 2) for level, value in psnr.items()}}
 
-    def _trainer(self, method: str, config: TrainerConfig) -> Trainer:
-        config.output_dir, config.experiment_name, config.timestamp = self.output.parent, self.output.name, method
+    def _trainer(self, config: TrainerConfig) -> Trainer:
+        config.output_dir, config.experiment_name = self.output.parent, self.output.name
         config.vis, config.viewer = "tensorboard", ViewerConfig(quit_on_train_completion=True)
         config.machine.seed = self.seed
         config.max_num_iterations = _ENDLESS
