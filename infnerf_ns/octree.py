@@ -24,7 +24,7 @@ from torch import Tensor
 
 from infnerf_ns import kernels
 from infnerf_ns.footprint import continuous_level, level_gsd
-from infnerf_ns.kernels.rays import affine
+from infnerf_ns.kernels.frames import affine
 
 _OCTANTS = torch.tensor([[(o >> 0) & 1, (o >> 1) & 1, (o >> 2) & 1] for o in range(8)])
 

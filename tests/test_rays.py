@@ -12,7 +12,9 @@ from nerfstudio.cameras.rays import RayBundle, RaySamples
 from nerfstudio.model_components.ray_samplers import PDFSampler, SpacedSampler
 from torch import Tensor
 
-from infnerf_ns.kernels.rays import affine, cone_samples, distances, render_weights, resample
+from infnerf_ns.kernels.frames import affine
+from infnerf_ns.kernels.rays import cone_samples, distances, render_weights, resample
+from infnerf_ns.sampler import Intervals, LoDSampler, SamplerConfig
 
 RAYS, SAMPLES, BEND = 300, 24, 4.0
 
@@ -93,13 +95,17 @@ def test_the_samplers_are_nerfstudios(training: bool) -> None:
     sampler = PDFSampler(include_original=False, single_jitter=True).train(training)
     second = sampler(rays, first, weights[..., None], num_samples=16)
     s_near, s_far = spacing(planes[0])[:, 0], spacing(planes[1])[:, 0]
-    assert torch.allclose(distances(_bins(first), s_near, s_far, BEND), _edges(first), rtol=1e-4)
+    ours = LoDSampler(SamplerConfig(), near=0.1, bend=BEND).train(training)
+    torch.manual_seed(0)
+    spread = ours._spread(rays, SAMPLES)
+    assert torch.allclose(spread, _bins(first), atol=1e-6)
+    samples = Intervals(spread, distances(spread, s_near, s_far, BEND))
+    assert torch.allclose(samples.edges, _edges(first), rtol=1e-4)
     torch.manual_seed(1)
-    offset = torch.rand(RAYS) if training else torch.full((RAYS,), 0.5)
-    bins, edges = resample(_bins(first), weights, 1.0, 16, offset, s_near, s_far, BEND)
+    got = ours._resample(samples, weights[..., None], 1.0, 16, s_near, s_far)
     # Where an edge falls on the end of an interval rounding decides to which side it belongs.
-    assert ((bins - _bins(second)).abs() < 1e-4).float().mean() > 0.999
-    assert ((edges / _edges(second) - 1).abs() < 1e-3).float().mean() > 0.999
+    assert ((got.bins - _bins(second)).abs() < 1e-4).float().mean() > 0.999
+    assert ((got.edges / _edges(second) - 1).abs() < 1e-3).float().mean() > 0.999
 
 
 def _bins(samples: RaySamples) -> Tensor:

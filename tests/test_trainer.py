@@ -23,6 +23,7 @@ from nerfstudio.configs.base_config import (
     ViewerConfig,
 )
 from nerfstudio.engine.optimizers import AdamOptimizerConfig
+from nerfstudio.engine.trainer import Trainer
 from nerfstudio.utils import eval_utils
 from torch import nn
 
@@ -140,6 +141,29 @@ def steps_saved(trainer) -> list[int]:
 
 def truncate(path: Path) -> None:
     path.write_bytes(path.read_bytes()[:100])
+
+
+def test_mixed_precision_takes_bfloat16_without_a_grad_scaler(tmp_path, monkeypatch):
+    """Where the GPU has it. nerfstudio allows mixed precision on CUDA alone; here its answer stands in for a GPU."""
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation=True: not including_emulation)
+    original = Trainer.__init__
+
+    def with_mixed_precision(self, *arguments, **settings):
+        original(self, *arguments, **settings)
+        self.mixed_precision = True
+
+    monkeypatch.setattr(Trainer, "__init__", with_mixed_precision)
+    types = []
+    computed = TinyPipeline.get_train_loss_dict
+
+    def recorded(self, step):
+        types.append(torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else None)
+        return computed(self, step)
+
+    monkeypatch.setattr(TinyPipeline, "get_train_loss_dict", recorded)
+    trainer, code = run(tiny_config(tmp_path))
+    assert code == 0 and types == [torch.bfloat16] * STEPS
+    assert not trainer.grad_scaler.is_enabled()
 
 
 def test_a_run_ends_with_the_two_newest_checkpoints_and_says_how_to_look_at_it(tmp_path, capsys):

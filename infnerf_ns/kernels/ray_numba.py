@@ -74,15 +74,6 @@ def cone_samples(origins, directions, edges, slope, constant, of_interval, posit
 
 
 @nb.njit(parallel=True, cache=True, fastmath=KEEPS_NAN, error_model="numpy", boundscheck=False)
-def affine(points, center, matrix, offset, out):
-    """out [M, 3] = (points [M, 3] - center [3]) @ matrix [3, 3] + offset."""
-    for m in nb.prange(len(points)):
-        x, y, z = points[m, 0] - center[0], points[m, 1] - center[1], points[m, 2] - center[2]
-        for axis in range(3):
-            out[m, axis] = x * matrix[0, axis] + y * matrix[1, axis] + z * matrix[2, axis] + np.float32(offset)
-
-
-@nb.njit(parallel=True, cache=True, fastmath=KEEPS_NAN, error_model="numpy", boundscheck=False)
 def render_weights(density, edges, weights):
     """Writes weights [R, S] of density [R, S]."""
     for r in nb.prange(len(density)):

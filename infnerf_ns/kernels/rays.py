@@ -1,5 +1,4 @@
-"""What happens along rays: resampling, positions and footprints of samples and their change of frame, rendering
-weights.
+"""What happens along rays: resampling, positions and footprints of samples, rendering weights.
 
 Why not nerfstudio's ``SpacedSampler``, ``PDFSampler`` and ``RaySamples.get_weights``, which compute the same (the tests
 compare them): on two cores they, and what stands around them, were a third of a training step after the grids and
@@ -119,23 +118,6 @@ def cone_samples(
     if of_interval:
         radii = torch.maximum(radii, edges.diff(dim=1) / 2)
     return positions, radii
-
-
-def affine(
-    points: Float[Tensor, "M 3"], center: Float[Tensor, "3"], matrix: Float[Tensor, "3 3"], offset: float
-) -> Float[Tensor, "M 3"]:
-    """``(points - center) @ matrix + offset``: a change of frame, in one pass (torch's product is slow for 3 columns).
-
-    Autocast does not apply: half precision would move samples by more than a cell.
-    """
-    needs_gradient = torch.is_grad_enabled() and points.requires_grad
-    if not needs_gradient and points.ndim == 2 and on_cpu(points, center, matrix):
-        out = torch.empty(points.shape)
-        with numba_lock:
-            ray_numba.affine(flat(points), flat(center), flat(matrix), offset, out.numpy())
-        return out
-    with torch.autocast(points.device.type, enabled=False):
-        return (points - center) @ matrix + offset
 
 
 def render_weights(density: Float[Tensor, "R S"], edges: Float[Tensor, "R S1"]) -> Float[Tensor, "R S"]:
