@@ -10,7 +10,7 @@ from infnerf_ns.kernels.numba_lock import KEEPS_NAN
 
 @nb.njit(parallel=True, cache=True, fastmath=KEEPS_NAN, error_model="numpy", boundscheck=False)
 def activate(hidden, scale, density, geo):
-    """Writes density [M] of hidden [M, 1 + G], and copies the others to geo [M, G], for torch's vectorised sigmoid."""
+    """Writes density [M] of hidden [M, 1 + G], and copies the others to geo [M, G]."""
     for m in nb.prange(len(hidden)):
         density[m] = np.exp(hidden[m, 0] - np.float32(1)) * np.float32(scale)
         for g in range(geo.shape[1]):
@@ -18,13 +18,13 @@ def activate(hidden, scale, density, geo):
 
 
 @nb.njit(parallel=True, cache=True, fastmath=KEEPS_NAN, error_model="numpy", boundscheck=False)
-def activate_backward(hidden, scale, geo, grad_density, grad_geo, grad_hidden):
+def activate_backward(hidden, scale, grad_density, grad_geo, grad_hidden):
     """Writes grad_hidden [M, 1 + G]."""
     for m in nb.prange(len(hidden)):
         bounded = min(max(hidden[m, 0] - np.float32(1), np.float32(-15)), np.float32(15))
         grad_hidden[m, 0] = grad_density[m] * np.exp(bounded) * np.float32(scale)
-        for g in range(geo.shape[1]):
-            grad_hidden[m, 1 + g] = grad_geo[m, g] * geo[m, g] * (np.float32(1) - geo[m, g])
+        for g in range(grad_geo.shape[1]):
+            grad_hidden[m, 1 + g] = grad_geo[m, g]
 
 
 @nb.njit(cache=True, error_model="numpy", boundscheck=False)
