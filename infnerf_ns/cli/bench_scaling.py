@@ -7,12 +7,13 @@ the median of the ratios of neighbouring turns. A step is the drawing of its ray
 optimizers; a turn holds every 4th step that trains the proposals and every 32nd that has the tree losses, as training
 does. Before the clock runs all octree levels have started, the schedules of the first thousand steps are over, and the
 samples lie on the surfaces of the town (:func:`.bench_training.depth_loss`): a town that is not learnt yet is fog, in
-which samples stay in coarse nodes and steps are cheaper than they will be, the more so the larger the town.
+which samples stay in coarse nodes and steps are cheaper than they will be, the more so the larger the town. And every
+page of memory has been written once, which a long training has behind it.
 
 Memory of the tree: *parameters*; *training state*: the same with gradient and two moments, as an address range;
-*resident*: what of it is in memory after these steps, as pages that were never written take none; *peak*: of the whole
-process, with Python and torch. The photos, which training holds in memory, are not made here (:mod:`.bench_town`); what
-they would take is in the table. Memory touched by a step: :mod:`.bench_touched`.
+*resident*: what of it the warm-up has written; *peak*: of the whole process, with Python and torch. The photos, which
+training holds in memory, are not made here (:mod:`.bench_town`); what they would take is in the table. Memory touched
+by a step: :mod:`.bench_touched`.
 """
 
 from __future__ import annotations
@@ -218,7 +219,7 @@ def _plot(rows: list[dict], path: Path, title: str) -> None:
     time.set(ylabel=f"relative to the first town ({rows[0]['ms']:.0f} ms)", ylim=(0, 1.25 * max(1.2, ratio[2].max())))
     for name, label in (
         ("training_state_mib", "training state of the tree"),
-        ("resident_mib", "of that resident"),
+        ("resident_mib", "of that written in the warm-up"),
         ("touched_mib", "touched by a step"),
     ):
         memory.plot(area, [row[name] for row in rows], "o-", label=label)

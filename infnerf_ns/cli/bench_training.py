@@ -47,7 +47,7 @@ class Memory:
     state: int
     """parameters, gradients, both moments and the flags of what was touched"""
     resident: int
-    """of the state; -1 where the system does not tell"""
+    """of the state, after the warm-up; -1 where the system does not tell"""
     peak: int
     """largest resident size of the process"""
     photos: int
@@ -77,12 +77,21 @@ class Training:
         self._step = -(-settled // cycle) * cycle
         self._updates_proposals = self._trainer.model.sampler.updates_proposals
         self._tree_every = losses.tree_every
+        self._resident = -1
 
     def warm_up(self) -> None:
         """Steps from the beginning of the schedules until all levels have started and the samples lie where those of a
-        long training lie."""
+        long training lie; then every page of the state is written once.
+
+        The system fills a page when it is first written. A long training writes each once; of a large town most would
+        be written for the first time in the few steps that are timed.
+        """
         for step in range(self._warm_up):
             self._trainer.step(step, *self._next_batch(), depth_loss)
+        state = self._state()
+        self._resident = resident_bytes(state)
+        for tensor in state:
+            tensor.view(-1)[:: resource.getpagesize() // tensor.element_size()].add_(0)
 
     def train(self, count: int) -> list[float]:
         """Seconds of each of ``count`` steps after the schedules of the beginning, drawing of the rays included."""
@@ -105,7 +114,23 @@ class Training:
     def memory(self) -> Memory:
         """Of the tree and of this process, as it is now."""
         tree = self._trainer.model.field
-        parameters = [bank for bank in (*tree.grids, *tree.decoders, *tree.proposals) if len(bank)]
+        return Memory(
+            tree.octree.num_nodes,
+            tree.octree.nodes_per_level,
+            sum(map(_bytes, self._parameters())),
+            sum(map(_bytes, self._state())),
+            self._resident,
+            _peak_bytes(),
+            _bytes(self._rays.pyramid.pixels),
+        )
+
+    def _parameters(self) -> list[Tensor]:
+        tree = self._trainer.model.field
+        return [bank for bank in (*tree.grids, *tree.decoders, *tree.proposals) if len(bank)]
+
+    def _state(self) -> list[Tensor]:
+        """Parameters, gradients with their flags, and moments, as far as there are any."""
+        parameters = self._parameters()
         state: list[Tensor] = [bank.detach() for bank in parameters]
         for bank in parameters:
             held = bank_gradient(bank)
@@ -114,15 +139,7 @@ class Training:
             for bank, moments in optimizer.state.items():
                 if any(bank is parameter for parameter in parameters):
                     state += [moments["exp_avg"], moments["exp_avg_sq"]]
-        return Memory(
-            tree.octree.num_nodes,
-            tree.octree.nodes_per_level,
-            sum(map(_bytes, parameters)),
-            sum(map(_bytes, state)),
-            resident_bytes(state),
-            _peak_bytes(),
-            _bytes(self._rays.pyramid.pixels),
-        )
+        return state
 
     def _next_batch(self):  # noqa: ANN202
         self._batch += 1
