@@ -37,3 +37,13 @@ def trained(tmp_path_factory: pytest.TempPathFactory):  # noqa: ANN201
     from commands import trained_run
 
     return trained_run(tmp_path_factory.getbasetemp())
+
+
+@pytest.fixture
+def quiet_writers(monkeypatch: pytest.MonkeyPatch) -> None:
+    """nerfstudio's writers are process-wide: this run's must not see an earlier run's."""
+    from nerfstudio.utils import writer
+
+    monkeypatch.setattr(writer, "EVENT_WRITERS", [])
+    monkeypatch.setattr(writer, "EVENT_STORAGE", [])
+    monkeypatch.setattr(writer, "GLOBAL_BUFFER", {})

@@ -1,0 +1,148 @@
+"""The trainer on a tiny pipeline: NaN recovery, damaged checkpoints and those that cannot be written."""
+
+import copy
+import stat
+
+import pytest
+import torch
+import yaml
+from nerfstudio.utils import eval_utils
+from tiny_trainer import STEPS, TinyPipeline, TinyPipelineConfig, run, steps_saved, tiny_config, truncate
+
+from infnerf_ns.errors import InputError
+from infnerf_ns.training import checkpoints
+
+pytestmark = pytest.mark.usefixtures("quiet_writers")
+
+
+def test_resuming_passes_over_a_truncated_checkpoint(tmp_path, capsys):
+    done, _ = run(tiny_config(tmp_path / "a"))
+    truncate(checkpoints.checkpoint_path(done.checkpoint_dir, STEPS - 1))
+    resumed, code = run(tiny_config(tmp_path / "b", load_dir=done.checkpoint_dir))
+    assert code == 0 and list(resumed.pipeline.losses) == [11]
+    assert "is damaged (truncated?); step-000000010.ckpt is used instead" in capsys.readouterr().err
+
+
+def test_ns_eval_loads_the_checkpoint_before_a_truncated_one_from_a_read_only_run(tmp_path, capsys):
+    """What ns-eval, ns-render, ns-export and ns-viewer do: config.yml, then nerfstudio's own loading."""
+    trainer, _ = run(tiny_config(tmp_path))
+    trainer.config.save_config()
+    truncate(checkpoints.checkpoint_path(trainer.checkpoint_dir, STEPS - 1))
+    trainer.checkpoint_dir.chmod(stat.S_IRUSR | stat.S_IXUSR)
+    try:
+        config = yaml.load((trainer.base_dir / "config.yml").read_text(), Loader=yaml.Loader)
+        config.load_dir = config.get_checkpoint_dir()
+        _, step = eval_utils.eval_load_checkpoint(config, TinyPipeline(TinyPipelineConfig()))
+    finally:
+        trainer.checkpoint_dir.chmod(stat.S_IRWXU)
+    assert step == 10
+    assert "is damaged" in capsys.readouterr().err
+
+
+def test_single_nan_losses_are_skipped_and_change_nothing(tmp_path, capsys):
+    trainer, code = run(tiny_config(tmp_path, {"nan_from": 4, "nan_steps": 2}))
+    assert code == 0 and trainer._guard.skipped == 2 and trainer._guard.restores == 0
+    assert all(torch.isfinite(parameter).all() for parameter in trainer.pipeline.model.values())
+    assert "step 4: the loss or a gradient is not finite, the step is skipped" in capsys.readouterr().err
+
+
+def test_an_infinite_gradient_is_skipped_too(tmp_path):
+    config = tiny_config(tmp_path, max_num_iterations=3)
+    trainer = config.setup()
+    trainer.setup()
+    before = {name: parameter.detach().clone() for name, parameter in trainer.pipeline.model.items()}
+    trainer.pipeline.model["grids_0"].register_hook(lambda gradient: gradient * float("inf"))
+    trainer.train_iteration(0)
+    assert trainer._guard.skipped == 1
+    for name, parameter in trainer.pipeline.model.items():
+        assert torch.equal(parameter, before[name])
+
+
+def test_nan_losses_in_a_row_restore_the_last_checkpoint_with_half_the_learning_rate(tmp_path, capsys):
+    """The checkpoint is of step 5, step 6 trains, steps 7 and 8 are NaN."""
+    config = tiny_config(tmp_path, {"nan_from": 7, "nan_steps": 2}, save_only_latest_checkpoint=False)
+    config.stability.max_bad_steps = 2
+    trainer = config.setup()
+    trainer.setup()
+    train, held = trainer.pipeline.get_train_loss_dict, {}
+
+    def watched(step):
+        optimizers = trainer.optimizers.optimizers.items()
+        held[step] = copy.deepcopy((trainer.pipeline.state_dict(), {name: x.state_dict() for name, x in optimizers}))
+        return train(step)
+
+    trainer.pipeline.get_train_loss_dict = watched
+    trainer.train()
+    saved = torch.load(checkpoints.checkpoint_path(trainer.checkpoint_dir, 5))
+    for name, value in saved["pipeline"].items():
+        assert torch.equal(held[9][0][name], value) and not torch.equal(held[8][0][name], value), name
+    for name, state in saved["optimizers"].items():
+        for moment, value in state["state"][0].items():
+            before, after = (held[step][1][name]["state"][0][moment] for step in (8, 9))
+            assert torch.equal(after, value) and not torch.equal(before, value), (name, moment)
+    whole, _ = run(tiny_config(tmp_path / "whole"))
+    assert trainer._guard.restores == 1 and trainer._guard.skipped == 2
+    assert "restored" in capsys.readouterr().err
+    for name in trainer.optimizers.optimizers:
+        rate, expected = (run.optimizers.optimizers[name].param_groups[0]["lr"] for run in (trainer, whole))
+        assert rate == pytest.approx(expected / 2)
+    resumed, _ = run(tiny_config(tmp_path / "b", load_dir=trainer.base_dir, max_num_iterations=STEPS + 1))
+    assert resumed._lr_scale == 0.5
+
+
+def test_a_last_step_with_a_nan_loss_does_not_cost_the_steps_before(tmp_path):
+    trainer, code = run(tiny_config(tmp_path, {"nan_from": STEPS - 1, "nan_steps": 1}))
+    assert code == 0 and steps_saved(trainer)[0] == STEPS - 1
+
+
+@pytest.mark.parametrize("poisoned_at", [7, STEPS - 1])
+def test_a_nan_in_a_parameter_is_found_at_the_next_checkpoint(tmp_path, poisoned_at, capsys):
+    """Some parameters reach no loss while they are NaN (nerfstudio's weights end in nan_to_num)."""
+    trainer = tiny_config(tmp_path, max_num_iterations=STEPS).setup()
+    trainer.setup()
+    train = trainer.pipeline.get_train_loss_dict
+
+    def poison(step):
+        if step == poisoned_at:
+            trainer.pipeline.model["grids_0"].data[0, 0] = float("nan")
+        _, losses, metrics = train(step)
+        return None, {"loss": losses["loss"].nan_to_num()}, metrics
+
+    trainer.pipeline.get_train_loss_dict = poison
+    trainer.train()
+    assert all(torch.isfinite(parameter).all() for parameter in trainer.pipeline.model.values())
+    output = capsys.readouterr()
+    assert "some parameter is not finite" in output.err and "restored" in output.err
+    if poisoned_at == STEPS - 1:
+        assert steps_saved(trainer) == [10, 5] and "the checkpoint is of step 10" in output.out
+
+
+def test_nan_before_the_first_checkpoint_ends_with_the_remedy(tmp_path):
+    config = tiny_config(tmp_path, {"nan_from": 0, "nan_steps": 100})
+    trainer = config.setup()
+    trainer.setup()
+    with pytest.raises(InputError, match="stays NaN or infinite before the first checkpoint; lower --optimizers"):
+        trainer.train()
+
+
+def test_a_checkpoint_that_cannot_be_written_does_not_end_the_training(tmp_path, monkeypatch, capsys):
+    original = torch.save
+
+    def full_disk(state, file):
+        if state["step"] == 10:
+            raise OSError(28, "No space left on device")
+        original(state, file)
+
+    monkeypatch.setattr(torch, "save", full_disk)
+    trainer, code = run(tiny_config(tmp_path))
+    assert code == 0 and steps_saved(trainer) == [STEPS - 1, 5]
+    assert "No space left on device" in capsys.readouterr().err
+
+
+def test_a_run_whose_every_checkpoint_failed_ends_with_an_error(tmp_path, monkeypatch):
+    def full_disk(state, file):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(torch, "save", full_disk)
+    trainer, code = run(tiny_config(tmp_path))
+    assert "no checkpoint could be written" in str(code)
