@@ -103,6 +103,9 @@ class InfNeRFModelConfig(ModelConfig):
     """What lies behind the last sample."""
     color_weight_threshold: Annotated[float, Range(0.0, 0.1)] = 1e-3
     """Samples with a smaller rendering weight are not given a colour."""
+    mean_appearance_share: Annotated[float, Range(0.0, 1.0)] = 0.5
+    """Share of the training rays that are rendered with the mean of all appearance codes instead of their photo's, so
+    that the mean, with which new views are rendered, is one that the colours have learnt."""
     blend_levels: bool = True
     """Evaluation blends a node with its parent by the fractional level, so that nothing pops while the camera moves."""
     render_normals: bool = True
@@ -266,15 +269,18 @@ class InfNeRFModel(Model):
         return torch.cat([outputs[output_name], outputs["accumulation"]], dim=-1)
 
     def _appearance(self, rays: RayBundle) -> Float[Tensor, "R A"] | None:
-        """Appearance code per ray: the given one, the photo's in training, the mean of all photos otherwise."""
+        """Appearance code per ray: the given one; the mean of all photos; in training a share of the rays has its own
+        photo's."""
         if self.field.appearance is None:
             return None
         if APPEARANCE in rays.metadata:
             return rays.metadata[APPEARANCE]
-        if self.training:
-            assert rays.camera_indices is not None
-            return self.field.appearance(rays.camera_indices[:, 0])
-        return self.field.appearance.weight.mean(dim=0).expand(len(rays), -1)
+        mean = self.field.appearance.weight.detach().mean(dim=0).expand(len(rays), -1)
+        if not self.training:
+            return mean
+        assert rays.camera_indices is not None
+        of_mean = torch.rand(len(rays), 1, device=mean.device) < self.config.mean_appearance_share
+        return torch.where(of_mean, mean, self.field.appearance(rays.camera_indices[:, 0]))
 
     def get_outputs(self, ray_bundle: RayBundle) -> dict[str, Any]:
         """Renders rays.

@@ -190,6 +190,24 @@ def test_appearance_codes() -> None:
     assert tiny_model(tiny_config({"appearance_dim": 0})).eval()(ray_batch()[0])["rgb"].shape == (64, 3)
 
 
+@pytest.mark.parametrize("share", [0.0, 0.5, 1.0])
+def test_a_share_of_the_training_rays_has_the_mean_appearance(share: float) -> None:
+    torch.manual_seed(0)
+    config = tiny_config()
+    config.mean_appearance_share = share
+    model = tiny_model(config).train()
+    table = model.field.appearance.weight
+    torch.nn.init.normal_(table)
+    rays, _ = ray_batch(2000)
+    photo = rays.camera_indices[:, 0]
+    codes = model._appearance(rays)
+    of_mean = (codes == table.mean(dim=0)).all(dim=1)
+    assert torch.equal(codes[~of_mean], table[photo[~of_mean]])
+    assert float(of_mean.float().mean()) == pytest.approx(share, abs=0.05 if share == 0.5 else 0.0)
+    (gradient,) = torch.autograd.grad(codes.sum(), table)  # the mean teaches nobody's code
+    assert torch.equal(gradient[:, 0], torch.bincount(photo[~of_mean], minlength=PHOTOS).float())
+
+
 def test_images_and_metrics_of_a_photo() -> None:
     model = tiny_model().eval()
     outputs = model.get_outputs_for_camera(tiny_camera(CameraType.PERSPECTIVE, 20.0, 24, 16))
