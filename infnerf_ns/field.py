@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from infnerf_ns.kernels import (
     Backend,
     Groups,
+    HashLayout,
     TreePaths,
     choose,
     enable_bank_gradient,
@@ -75,6 +76,9 @@ class FieldConfig:
     downweight: Annotated[float, Range(0.0, 16.0)] = 1.0
     """Strength of Zip-NeRF's down-weighting of hash levels finer than the sample's footprint (0: off; larger:
     sharper)."""
+    proposal_downweight: Annotated[float, Range(0.0, 16.0)] = 1.0
+    """The same for the hash levels of the proposals, whose footprints are at least half the interval: a long interval
+    then sees the mean of what lies in it, not what happens to lie at its middle (0: off)."""
     backend: Backend = "auto"
     """Who evaluates grids and decoders; auto takes numba on a CPU, and on CUDA the first of triton, tcnn and torch that
     is installed. What happens along rays takes numba on any CPU."""
@@ -262,7 +266,7 @@ class OctreeField(nn.Module):
                 self._paths(routed.unit, routed.path),
                 [a for a, _ in slices],
                 routed.footprints if weighted else None,
-                [self._cells(level) for level in range(len(slices))],
+                self._cells(self.layouts[: len(slices)], self.config.downweight),
                 banks,
                 self.layouts[: len(slices)],
                 self.density_widths[0],
@@ -279,7 +283,9 @@ class OctreeField(nn.Module):
             bank = self.grids[level].detach() if frozen else self.grids[level]
             features = hash_encode(local, row, bank, self.layouts[level], self.config.backend)
             if self.config.downweight and routed.footprints is not None:
-                features = features * self._hash_level_weights(level, routed.footprints[a:b], routed.unit[a:b])
+                cells = self._cells(self.layouts[: level + 1], self.config.downweight)[level]
+                weights = self._hash_level_weights(level, cells, routed.footprints[a:b], routed.unit[a:b])
+                features = features * weights.repeat_interleave(self.layouts[level].features, dim=1)
             if not residual:
                 pieces.append(features)
                 continue
@@ -290,23 +296,23 @@ class OctreeField(nn.Module):
         return nn.functional.pad(features, (0, self.density_widths[0] - features.shape[1]))
 
     def _hash_level_weights(
-        self, level: int, footprints: Float[Tensor, "S"], unit: Float[Tensor, "S 3"]
-    ) -> Float[Tensor, "S LF"]:
-        """Weight of each hash feature: how much of a cell's detail is left in the mean over the footprint (Zip-NeRF,
+        self, level: int, cells: np.ndarray, footprints: Float[Tensor, "S"], unit: Float[Tensor, "S 3"]
+    ) -> Float[Tensor, "S L"]:
+        """Weight of each hash level: how much of a cell's detail is left in the mean over the footprint (Zip-NeRF,
         eq. 9)."""
-        layout = self.layouts[level]
         if level == 0:  # outside of the cube the contraction shrinks a footprint (across the ray) as it shrinks space
             norm = (2 * unit.detach() - 1).abs().amax(dim=-1).clamp(min=1)
             footprints = footprints * (2 - 1 / norm) / norm
-        cells = torch.from_numpy(self._cells(level)).to(footprints)
-        weight = torch.erf(cells / footprints[:, None].clamp(min=1e-12))
-        return weight.repeat_interleave(layout.features, dim=1)
+        return torch.erf(torch.from_numpy(cells).to(footprints) / footprints[:, None].clamp(min=1e-12))
 
-    def _cells(self, level: int) -> np.ndarray:
-        """[L] of the hash levels of an octree level: what the footprint is compared with, scene units."""
-        side = self.octree.cube.side * (2.0 if level == 0 else 2.0**-level)
-        cells = self.config.downweight / 8**0.5 * side / self.layouts[level].scales.astype(np.float64)
-        return cells.astype(np.float32)
+    def _cells(self, layouts: list[HashLayout], strength: float) -> list[np.ndarray]:
+        """Per octree level [L] of its hash levels: what the footprint is compared with, scene units."""
+        root = 2.0 * self.octree.cube.side  # its grid covers the contracted space
+        sides = [root, *(root / 2.0 ** (level + 1) for level in range(1, len(layouts)))]
+        return [
+            (strength / 8**0.5 * side / layout.scales.astype(np.float64)).astype(np.float32)
+            for side, layout in zip(sides, layouts)
+        ]
 
     def _fused(self, unit: Tensor, footprints: Tensor | None) -> bool:
         """Whether the kernels that follow the paths can be used: they give gradients to the banks alone."""
@@ -353,11 +359,12 @@ class OctreeField(nn.Module):
         octree = self.octree
         unit = octree.cube.to_unit(positions)
         path = octree.route(unit, footprints, int(self.active_level), self.config.backend)
+        banks, layouts = list(self.proposals[: path.shape[1]]), self.proposal_layouts[: path.shape[1]]
+        cells = self._cells(layouts, self.config.proposal_downweight)
+        weighted = self.config.proposal_downweight and footprints is not None
         if self._fused(unit, footprints):
-            levels = path.shape[1]
-            paths = self._paths(unit, path)
-            banks, layouts = list(self.proposals[:levels]), self.proposal_layouts[:levels]
-            log_density = path_sum(paths, banks, layouts, self.config.backend)
+            radii = footprints if weighted else None
+            log_density = path_sum(self._paths(unit, path), radii, cells, banks, layouts, self.config.backend)
             return trunc_exp(log_density - 1.0) * (2.0 / octree.cube.side)
         log_density = 0.0
         for level in range(path.shape[1]):
@@ -367,9 +374,10 @@ class OctreeField(nn.Module):
                 break
             row = node[at] - octree.first_of_level[level]
             local = octree.local(unit[at], node[at], level)
-            part = hash_encode(
-                local, row, self.proposals[level], self.proposal_layouts[level], self.config.backend
-            ).sum(-1)
+            features = hash_encode(local, row, banks[level], layouts[level], self.config.backend)
+            if weighted:
+                features = features * self._hash_level_weights(level, cells[level], footprints[at], unit[at])
+            part = features.sum(-1)
             log_density = log_density.index_add(0, at, part) if level else part
         return trunc_exp(log_density - 1.0) * (2.0 / octree.cube.side)
 

@@ -10,6 +10,7 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
+from jaxtyping import Float
 from torch import Tensor
 from torch.nn import Parameter
 
@@ -178,6 +179,17 @@ def _level(tree: Octree, paths: TreePaths, level: int, bank: Tensor, layout: Has
     return at, hash_encode(local, node - paths.first[level], bank, layout, "torch")
 
 
+def _weights(
+    paths: TreePaths, footprints: Tensor, layouts: list[HashLayout], level: int, at: Tensor
+) -> Float[Tensor, "S L"]:
+    """Of the hash levels at the samples ``at`` (Zip-NeRF, eq. 9)."""
+    radii = footprints[at]
+    if level == 0:
+        norm = (2 * paths.unit[at] - 1).abs().amax(dim=1).clamp(min=1)
+        radii = radii * (2 - 1 / norm) / norm
+    return torch.erf(torch.from_numpy(path_cells(layouts)[level]) / radii[:, None])
+
+
 def reference_features(
     tree: Octree,
     paths: TreePaths,
@@ -191,21 +203,21 @@ def reference_features(
     for level, (bank, layout) in enumerate(zip(banks, layouts)):
         at, features = _level(tree, paths, level, bank, layout)
         if footprints is not None:
-            radii = footprints[at]
-            if level == 0:
-                norm = (2 * paths.unit[at] - 1).abs().amax(dim=1).clamp(min=1)
-                radii = radii * (2 - 1 / norm) / norm
-            weight = torch.erf(torch.from_numpy(path_cells(layouts)[level]) / radii[:, None])
-            features = features * weight.repeat_interleave(layout.features, dim=1)
+            weights = _weights(paths, footprints, layouts, level, at)
+            features = features * weights.repeat_interleave(layout.features, dim=1)
         columns.append(torch.zeros(len(paths.unit), layout.num_outputs).index_add(0, at, features))
     features = torch.cat(columns, dim=1)
     return torch.nn.functional.pad(features, (0, width - features.shape[1]))
 
 
-def reference_sum(tree: Octree, paths: TreePaths, banks: list[Tensor], layouts: list[HashLayout]) -> Tensor:
+def reference_sum(
+    tree: Octree, paths: TreePaths, footprints: Tensor | None, banks: list[Tensor], layouts: list[HashLayout]
+) -> Tensor:
     """``path_sum`` written out with torch operations."""
     total = torch.zeros(len(paths.unit))
     for level, (bank, layout) in enumerate(zip(banks, layouts)):
         at, features = _level(tree, paths, level, bank, layout)
+        if footprints is not None:
+            features = features * _weights(paths, footprints, layouts, level, at)
         total = total.index_add(0, at, features.sum(dim=1))
     return total

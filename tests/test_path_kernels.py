@@ -44,14 +44,16 @@ def test_path_features_are_those_of_all_nodes_on_the_path(threads: int, features
         assert_close(fast_bank.grad, bank.grad, f"gradient of level {level}")
 
 
+@pytest.mark.parametrize("weighted", [True, False])
 @every_threads
-def test_path_sum_is_the_sum_over_all_nodes_on_the_path(threads: int) -> None:
+def test_path_sum_is_the_sum_over_all_nodes_on_the_path(threads: int, weighted: bool) -> None:
     numba.set_num_threads(threads)
     tree, layouts = path_tree(), path_layouts(1)
-    paths, _, _ = path_samples(tree, 3000)
+    paths, _, footprints = path_samples(tree, 3000)
+    footprints = footprints if weighted else None
     fast_banks, banks = path_banks(tree, layouts), path_banks(tree, layouts)
-    fast = path_sum(paths, fast_banks, layouts)
-    reference = reference_sum(tree, paths, banks, layouts)
+    fast = path_sum(paths, footprints, path_cells(layouts), fast_banks, layouts)
+    reference = reference_sum(tree, paths, footprints, banks, layouts)
     assert_close(fast.detach(), reference.detach(), "sums")
     upstream = wave(3000)
     upstream[::5] = 0
@@ -68,7 +70,7 @@ def test_in_place_gradients_are_autograds_and_flag_what_was_touched(kernel: str)
 
     def backward(banks: list[torch.nn.Parameter]) -> None:
         if kernel == "sum":
-            path_sum(paths, banks, layouts).square().sum().backward()
+            path_sum(paths, footprints, path_cells(layouts), banks, layouts).square().sum().backward()
         else:
             width = sum(layout.num_outputs for layout in layouts)
             cells = path_cells(layouts)
@@ -93,5 +95,5 @@ def test_banks_that_ask_for_no_gradient_get_none() -> None:
     paths, _, _ = path_samples(tree, 100)
     banks = path_banks(tree, layouts)
     banks[1].requires_grad_(False)
-    path_sum(paths, banks, layouts).sum().backward()
+    path_sum(paths, None, path_cells(layouts), banks, layouts).sum().backward()
     assert [bank.grad is None for bank in banks] == [False, True, False, False]

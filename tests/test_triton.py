@@ -250,14 +250,21 @@ def test_path_features_are_those_of_all_nodes_on_the_path(features: int, weighte
         assert_close(fast_bank.grad, bank.grad, f"gradient of level {level}")
 
 
-def test_path_sum_is_the_sum_over_all_nodes_on_the_path() -> None:
+def _sum(paths: TreePaths, footprints: Tensor | None, banks: list, layouts: list) -> Tensor:
+    radii = None if footprints is None else footprints.to(DEVICE)
+    return path_sum(moved(paths, DEVICE), radii, path_cells(layouts), banks, layouts, "triton")
+
+
+@pytest.mark.parametrize("weighted", [True, False])
+def test_path_sum_is_the_sum_over_all_nodes_on_the_path(weighted: bool) -> None:
     tree, layouts, count = path_tree(), path_layouts(1), 200
-    paths, _, _ = path_samples(tree, count)
+    paths, _, footprints = path_samples(tree, count)
     shuffled = torch.randperm(count, generator=torch.Generator().manual_seed(0))
     paths = paths._replace(unit=paths.unit[shuffled], path=paths.path[shuffled])
+    footprints = footprints[shuffled] if weighted else None
     fast_banks, banks = path_banks(tree, layouts, DEVICE), path_banks(tree, layouts)
-    fast = path_sum(moved(paths, DEVICE), fast_banks, layouts, "triton")
-    reference = reference_sum(tree, paths, banks, layouts)
+    fast = _sum(paths, footprints, fast_banks, layouts)
+    reference = reference_sum(tree, paths, footprints, banks, layouts)
     assert_close(fast.detach(), reference.detach(), "sums")
     upstream = wave(count)
     upstream[::5] = 0
@@ -278,8 +285,8 @@ def test_a_cut_of_the_tree_reads_its_levels_only(kernel: str) -> None:
         full.path[:, column] = -1
     banks, fast_banks = path_banks(tree, layouts), path_banks(tree, layouts, DEVICE)
     if kernel == "sum":
-        fast = path_sum(moved(cut, DEVICE), fast_banks[:2], layouts[:2], "triton")
-        reference = reference_sum(tree, full, banks, layouts)
+        fast = _sum(cut, footprints, fast_banks[:2], layouts[:2])
+        reference = reference_sum(tree, full, footprints, banks, layouts)
     else:
         width = sum(layout.num_outputs for layout in layouts)
         fast = _features(cut, starts, footprints, fast_banks, layouts, width)
@@ -299,7 +306,7 @@ def test_paths_flag_what_they_add_in_place(kernel: str) -> None:
 
     def backward(banks: list[Parameter]) -> None:
         if kernel == "sum":
-            path_sum(moved(paths, DEVICE), banks, layouts, "triton").square().sum().backward()
+            _sum(paths, footprints, banks, layouts).square().sum().backward()
         else:
             width = sum(layout.num_outputs for layout in layouts)
             _features(paths, starts, footprints, banks, layouts, width).square().sum().backward()
@@ -354,7 +361,7 @@ def test_no_samples_are_no_work() -> None:
     none = paths._replace(unit=paths.unit[:0], path=paths.path[:0])
     banks = path_banks(tree, layouts, DEVICE)
     assert _features(none, [0] * 4, footprints[:0], banks, layouts, 8).shape == (0, 8)
-    total = path_sum(moved(none, DEVICE), banks, layouts, "triton")
+    total = _sum(none, footprints[:0], banks, layouts)
     layout = LAYOUTS["dense"]
     positions = torch.empty(0, 3, device=DEVICE, requires_grad=True)
     rows = torch.empty(0, dtype=torch.long, device=DEVICE)

@@ -80,7 +80,14 @@ def run_every_kernel(
                 paths, [0] * levels, footprints, cells, grids, pages.grids, width
             ),
         )
-    under("path_sum", lambda: triton_ops.path_sum(paths, proposals, pages.proposals))
+    cells_of_proposals = [layout.scales for layout in pages.proposals]
+    for name, footprints in (("path_sum", radii), ("path_sum, not weighted", None)):
+        under(
+            name,
+            lambda footprints=footprints: triton_ops.path_sum(
+                paths, footprints, cells_of_proposals, proposals, pages.proposals
+            ),
+        )
 
     page = mlp_page_size(pages.density_widths) + mlp_page_size(pages.color_widths)
     decoders = banks([page] * levels)

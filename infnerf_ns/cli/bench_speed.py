@@ -103,21 +103,25 @@ class Speed:
         tree = build_octree(points, torch.zeros(4000), cube, max_level=1, min_points=32, node_resolution=256)
         layouts = PageLayout(config, tree.node_resolution, 1)
         width = sum(layout.num_outputs for layout in layouts.grids)
-        radii = torch.full((self.rays * sampler.samples,), cube.side / (4 * tree.node_resolution))
-        cells = [(cube.side / layout.scales).astype(np.float32) for layout in layouts.grids]
+        counts = self.rays * sampler.samples, self.rays * sum(sampler.proposal_samples)
+        radii = [torch.full((count,), cube.side / (4 * tree.node_resolution)) for count in counts]
+        cells = [
+            [(cube.side / layout.scales).astype(np.float32) for layout in kind]
+            for kind in (layouts.grids, layouts.proposals)
+        ]
         self._grid_rows(
             "grids of the field",
             tree,
             layouts.grids,
-            self.rays * sampler.samples,
-            lambda paths, banks: path_features(paths, [0, 0], radii, cells, banks, layouts.grids, width),
+            counts[0],
+            lambda paths, banks: path_features(paths, [0, 0], radii[0], cells[0], banks, layouts.grids, width),
         )
         self._grid_rows(
             "grids of the proposals",
             tree,
             layouts.proposals,
-            self.rays * sum(sampler.proposal_samples),
-            lambda paths, banks: path_sum(paths, banks, layouts.proposals),
+            counts[1],
+            lambda paths, banks: path_sum(paths, radii[1], cells[1], banks, layouts.proposals),
         )
 
     def _grid_rows(

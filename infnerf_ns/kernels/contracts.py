@@ -135,14 +135,20 @@ def path_features(
 
 
 def path_sum(
-    paths: TreePaths, banks: list[Tensor], layouts: list[HashLayout], backend: Backend = "auto"
+    paths: TreePaths,
+    footprints: Float[Tensor, "M"] | None,
+    cells: list[np.ndarray],
+    banks: list[Tensor],
+    layouts: list[HashLayout],
+    backend: Backend = "auto",
 ) -> Float[Tensor, "M"]:
-    """Sum of the features (one per entry) of all nodes on each sample's path; gradients to the banks only.
+    """Weighted sum of the features (one per entry) of all nodes on each sample's path; gradients to the banks only.
 
     Args:
         paths: samples in any order.
+        footprints, cells: as for :func:`path_features`.
         banks: grids of each level.
         layouts: their layouts.
         backend: one that :func:`follows_paths`.
     """
-    return _operations(choose_for(backend, paths.unit)).path_sum(paths, banks, layouts)
+    return _operations(choose_for(backend, paths.unit)).path_sum(paths, footprints, cells, banks, layouts)

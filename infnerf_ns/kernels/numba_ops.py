@@ -50,9 +50,15 @@ def path_features(
     return _PathFeatures.apply(paths, starts, footprints, cells, layouts, width, *banks)
 
 
-def path_sum(paths: TreePaths, banks: list[Tensor], layouts: list[HashLayout]) -> Tensor:
+def path_sum(
+    paths: TreePaths,
+    footprints: Tensor | None,
+    cells: list[np.ndarray],
+    banks: list[Tensor],
+    layouts: list[HashLayout],
+) -> Tensor:
     """See :func:`infnerf_ns.kernels.path_sum`."""
-    return _PathSum.apply(paths, layouts, *banks)
+    return _PathSum.apply(paths, footprints, cells, layouts, *banks)
 
 
 @cache
@@ -130,29 +136,46 @@ def _contracted(unit: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     return contracted, shrink
 
 
+class _Footprints(NamedTuple):
+    """What weighs the hash levels along paths."""
+
+    radii: np.ndarray
+    """[M], or [0]: nothing is weighted"""
+    in_root: np.ndarray
+    """the same where the root's contraction has shrunk them"""
+    weights: np.ndarray
+    """[M, all hash levels of the path], for the backward pass; uninitialised"""
+
+
+def _footprints(footprints: Tensor | None, shrink: np.ndarray, layouts: list[HashLayout]) -> _Footprints:
+    if footprints is None:
+        none = np.empty(0, np.float32)
+        return _Footprints(none, none, np.empty((0, 0), np.float32))
+    radii, hash_levels = flat(footprints.float()), sum(layout.num_levels for layout in layouts)
+    return _Footprints(radii, shrink * radii, np.empty((len(radii), hash_levels), np.float32))
+
+
 class _PathFeatures(torch.autograd.Function):
     @staticmethod
     def forward(ctx, paths, starts, footprints, cells, layouts, width, *banks) -> Tensor:
         unit, path, coords = flat(paths.unit), flat(paths.path), flat(paths.coords)
         count = len(unit)
         out = torch.zeros(count, width)
-        radii = np.empty(0, np.float32) if footprints is None else flat(footprints.float())
-        hash_levels = sum(layout.num_levels for layout in layouts)
-        weights = np.empty((0, 0) if footprints is None else (count, hash_levels), np.float32)
         column = weight_column = 0
         with numba_lock:
             contracted, shrink = _contracted(unit)
+            sizes = _footprints(footprints, shrink, layouts)
             for level, (bank, layout) in enumerate(zip(banks, layouts)):
                 if starts[level] < count:
-                    places, sizes = (unit, radii) if level else (contracted, shrink * radii if len(radii) else radii)
+                    places, radii = (unit, sizes.radii) if level else (contracted, sizes.in_root)
                     tree_numba.encode(
-                        places, path, level, starts[level], paths.first[level], coords, flat(bank), sizes,
-                        cells[level], out.numpy(), column, weights, weight_column, *_layout_arrays(layout),
+                        places, path, level, starts[level], paths.first[level], coords, flat(bank), radii,
+                        cells[level], out.numpy(), column, sizes.weights, weight_column, *_layout_arrays(layout),
                         (0,) * layout.features,
                     )  # fmt: skip
                 column += layout.num_outputs
                 weight_column += layout.num_levels
-        ctx.arrays, ctx.weights = (contracted, unit, path, coords), weights
+        ctx.arrays, ctx.weights = (contracted, unit, path, coords), sizes.weights
         ctx.paths, ctx.starts, ctx.layouts, ctx.banks = paths, starts, layouts, banks
         return out
 
@@ -181,15 +204,22 @@ class _PathFeatures(torch.autograd.Function):
 
 class _PathSum(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, paths, layouts, *banks) -> Tensor:
+    def forward(ctx, paths, footprints, cells, layouts, *banks) -> Tensor:
         unit, path, coords = flat(paths.unit), flat(paths.path), flat(paths.coords)
         out = torch.zeros(len(unit))
+        weight_column = 0
         with numba_lock:
-            contracted, _ = _contracted(unit)
+            contracted, shrink = _contracted(unit)
+            sizes = _footprints(footprints, shrink, layouts)
             for level, (bank, layout) in enumerate(zip(banks, layouts)):
-                places, first = unit if level else contracted, paths.first[level]
-                tree_numba.add_sum(places, path, level, first, coords, flat(bank), out.numpy(), *_layout_arrays(layout))
-        ctx.arrays, ctx.paths, ctx.layouts, ctx.banks = (contracted, unit, path, coords), paths, layouts, banks
+                places, radii = (unit, sizes.radii) if level else (contracted, sizes.in_root)
+                tree_numba.add_sum(
+                    places, path, level, paths.first[level], coords, flat(bank), radii, cells[level], out.numpy(),
+                    sizes.weights, weight_column, *_layout_arrays(layout),
+                )  # fmt: skip
+                weight_column += layout.num_levels
+        ctx.arrays, ctx.weights = (contracted, unit, path, coords), sizes.weights
+        ctx.paths, ctx.layouts, ctx.banks = paths, layouts, banks
         return out
 
     @staticmethod
@@ -197,18 +227,20 @@ class _PathSum(torch.autograd.Function):
     def backward(ctx, grad_out: Tensor):
         (contracted, unit, path, coords), gradient = ctx.arrays, flat(grad_out)[:, None]
         returned = []
+        weight_column = 0
         with numba_lock:
             for level, (bank, layout) in enumerate(zip(ctx.banks, ctx.layouts)):
-                target = _target(bank) if ctx.needs_input_grad[2 + level] else None
+                target = _target(bank) if ctx.needs_input_grad[4 + level] else None
                 if target is not None:
                     places = unit if level else contracted
                     tree_numba.add_sum_backward(
-                        places, path, level, ctx.paths.first[level], coords, gradient, target.grad, target.touched,
-                        target.rows, *_layout_arrays(layout), _balanced_order(layout.num_levels),
-                        _parts(bank, layout.num_levels),
+                        places, path, level, ctx.paths.first[level], coords, gradient, ctx.weights, weight_column,
+                        target.grad, target.touched, target.rows, *_layout_arrays(layout),
+                        _balanced_order(layout.num_levels), _parts(bank, layout.num_levels),
                     )  # fmt: skip
                 returned.append(None if target is None else target.returned)
-        return (None, None, *returned)
+                weight_column += layout.num_levels
+        return (None,) * 4 + tuple(returned)
 
 
 class _LevelOfGroups(NamedTuple):

@@ -155,19 +155,26 @@ def encode_backward(
 
 
 @nb.njit(parallel=True, cache=True, fastmath=KEEPS_NAN, error_model="numpy", boundscheck=False)
-def add_sum(unit, path, level, first, coords, bank, out, scales, resolutions, sizes, offsets, hashed):
-    """Adds to out [M] the sum over the hash levels of each sample's node at this octree level; one feature each."""
+def add_sum(
+    unit, path, level, first, coords, bank, radii, cells, out, weights, weight_column,
+    scales, resolutions, sizes, offsets, hashed,
+):  # fmt: skip
+    """Adds to out [M] the weighted sum over the hash levels of each sample's node at this octree level, one feature
+    each, and writes weights [:, weight_column : weight_column + L]; arguments as in :func:`encode`."""
+    weighted = len(radii) > 0
     for chunk in nb.prange((len(unit) + CHUNK - 1) // CHUNK):
         begin = chunk * CHUNK
         local, row, place, entry = scratch()
         sample = np.empty(CHUNK, np.int64)
-        total = np.zeros(CHUNK, np.float32)
+        inverse, total = np.empty(CHUNK, np.float32), np.zeros(CHUNK, np.float32)
         count = 0
         for p in range(begin, min(begin + CHUNK, len(unit))):
             node = path[p, level]
             if node >= 0:
                 sample[count], row[count] = p, np.uintp(node - first)
                 local[0, count], local[1, count], local[2, count] = _local(unit, p, node, level, coords)
+                if weighted:
+                    inverse[count] = np.float32(1) / max(radii[p], np.float32(1e-12))
                 count += 1
         for hash_level in range(len(scales)):
             scale, resolution, size, base, is_hashed = grid_of(
@@ -177,17 +184,22 @@ def add_sum(unit, path, level, first, coords, bank, out, scales, resolutions, si
             for i in range(count):
                 if i + AHEAD < count:
                     request(bank, row, base, 1, entry, i + AHEAD)
-                total[i] += interpolate(bank, row, base, 1, place, entry, i)[0]
+                weight = np.float32(1)
+                if weighted:
+                    weight = _erf(cells[hash_level] * inverse[i])
+                    weights[sample[i], weight_column + hash_level] = weight
+                total[i] += weight * interpolate(bank, row, base, 1, place, entry, i)[0]
         for i in range(count):
             out[sample[i]] += total[i]
 
 
 @nb.njit(parallel=True, cache=True, fastmath=KEEPS_NAN, error_model="numpy", boundscheck=False)
 def add_sum_backward(
-    unit, path, level, first, coords, grad_out, grad_bank, touched, rows,
+    unit, path, level, first, coords, grad_out, weights, weight_column, grad_bank, touched, rows,
     scales, resolutions, sizes, offsets, hashed, order, parts,
 ):  # fmt: skip
     """Gradient of :func:`add_sum` for the bank, from grad_out [M, 1]; tasks as in :func:`encode_backward`."""
+    weighted = len(weights) > 0
     for task in nb.prange(len(order) * parts):
         hash_level = order[task // parts]
         part = task % parts
@@ -207,4 +219,6 @@ def add_sum_backward(
             for i in range(count):
                 if i + AHEAD < count:
                     request(grad_bank, row, base, 1, entry, i + AHEAD)
-                scatter(grad_bank, touched, row, base, 1, place, entry, i, grad_out, sample[i], 0, np.float32(1))
+                p = sample[i]
+                weight = weights[p, weight_column + hash_level] if weighted else np.float32(1)
+                scatter(grad_bank, touched, row, base, 1, place, entry, i, grad_out, p, 0, weight)

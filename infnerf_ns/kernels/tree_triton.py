@@ -121,8 +121,12 @@ def encode_backward(
 
 
 @triton.jit
-def add_sum(unit, path, coords, banks, grids, scales, out, count, depth, entries, BLOCK: tl.constexpr):
-    """out [M] = sum of the features, one per entry, of all nodes on each sample's path. Grid: (blocks of lanes,)."""
+def add_sum(
+    unit, path, coords, footprints, cells, banks, grids, scales, out, count, depth, entries,
+    WEIGHTED: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """out [M] = weighted sum of the features, one per entry, of all nodes on each sample's path; arguments as for
+    :func:`encode`. Grid: (blocks of lanes,)."""
     sample, feature, exists = lanes_of(count, 1, BLOCK)
     x, y, z = xyz_of(unit, sample, exists)
     total = tl.zeros([BLOCK], tl.float32)
@@ -134,5 +138,8 @@ def add_sum(unit, path, coords, banks, grids, scales, out, count, depth, entries
         lx, ly, lz, shrink = _local(x, y, z, level, node, live, coords)
         bank = banks + level * BANK_FIELDS
         pages = tl.load(bank).to(tl.pointer_type(tl.float32)) + (node - tl.load(bank + 2)) * tl.load(bank + 1) + base
-        total += interpolate(pages, live, lx, ly, lz, scale, resolution, size, hashed, 1, BLOCK)
+        feature_here = interpolate(pages, live, lx, ly, lz, scale, resolution, size, hashed, 1, BLOCK)
+        if WEIGHTED:
+            feature_here *= _level_weight(cells, entry, footprints, sample, live, shrink)
+        total += feature_here
     tl.store(out + sample, total, mask=exists)

@@ -14,7 +14,7 @@ from infnerf_ns.kernels import hash_triton, mlp_triton, route_triton, tree_trito
 from infnerf_ns.kernels.batches import Groups, TreePaths
 from infnerf_ns.kernels.layout import HashLayout
 from infnerf_ns.kernels.mlp_torch import grouped_mlp_torch
-from infnerf_ns.kernels.triton_launch import bank_table, floats, grids_of, launch, target_of
+from infnerf_ns.kernels.triton_launch import Grids, bank_table, floats, grids_of, launch, target_of
 
 BLOCK = 128
 """lanes per program of the kernels of hash grids and of the walk"""
@@ -82,9 +82,15 @@ def path_features(
     return _PathFeatures.apply(paths, starts, footprints, cells, layouts, width, *banks)
 
 
-def path_sum(paths: TreePaths, banks: list[Tensor], layouts: list[HashLayout]) -> Tensor:
+def path_sum(
+    paths: TreePaths,
+    footprints: Tensor | None,
+    cells: list[np.ndarray],
+    banks: list[Tensor],
+    layouts: list[HashLayout],
+) -> Tensor:
     """See :func:`infnerf_ns.kernels.path_sum`."""
-    return _PathSum.apply(paths, layouts, *banks)
+    return _PathSum.apply(paths, footprints, cells, layouts, *banks)
 
 
 def _flat(tensor: Tensor) -> Tensor:
@@ -136,6 +142,13 @@ class _HashEncode(torch.autograd.Function):
         return grad_positions, None, grad_bank, None
 
 
+def _weighing(unit: Tensor, footprints: Tensor | None, cells: list[np.ndarray], grids: Grids) -> tuple[Tensor, Tensor]:
+    """Footprints and what they are compared with in every hash level; what is not read if there are none."""
+    if footprints is None:
+        return unit, grids.scales
+    return _flat(footprints.float()), floats(tuple(np.concatenate(cells).tolist()), unit.device)
+
+
 class _PathFeatures(torch.autograd.Function):
     @staticmethod
     def forward(ctx, paths, starts, footprints, cells, layouts, width, *banks) -> Tensor:
@@ -147,18 +160,15 @@ class _PathFeatures(torch.autograd.Function):
         if ctx.levels == 0:
             return out
         grids = grids_of(tuple(layouts[: ctx.levels]), device)
-        radii, scaled = unit, grids.scales  # not read unless weighted
-        if footprints is not None:
-            radii = _flat(footprints.float())
-            scaled = floats(tuple(np.concatenate(cells[: ctx.levels]).tolist()), device)
+        weighing = _weighing(unit, footprints, cells[: ctx.levels], grids)
         (ctx.features,) = {layout.features for layout in layouts}
         pages = [_flat(bank) for bank in banks[: ctx.levels]]
         launch(
-            tree_triton.encode, (*_blocks(unit, ctx.features), len(grids.scales)), device, unit, path, coords, radii,
-            scaled, bank_table(pages, paths.first), *grids, out, count, path.shape[1], width, FEATURES=ctx.features,
+            tree_triton.encode, (*_blocks(unit, ctx.features), len(grids.scales)), device, unit, path, coords,
+            *weighing, bank_table(pages, paths.first), *grids, out, count, path.shape[1], width, FEATURES=ctx.features,
             WEIGHTED=ctx.weighted, BLOCK=BLOCK,
         )  # fmt: skip
-        ctx.samples, ctx.grids = (unit, path, coords, radii, scaled), grids
+        ctx.samples, ctx.grids = (unit, path, coords, *weighing), grids
         return out
 
     @staticmethod
@@ -173,26 +183,28 @@ class _PathFeatures(torch.autograd.Function):
 
 class _PathSum(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, paths, layouts, *banks) -> Tensor:
+    def forward(ctx, paths, footprints, cells, layouts, *banks) -> Tensor:
         unit, path, coords = _flat(paths.unit.float()), _flat(paths.path), _flat(paths.coords)
         device, levels = unit.device, path.shape[1]
         out = torch.empty(len(unit), device=device)
         grids = grids_of(tuple(layouts[:levels]), device)
+        weighing = _weighing(unit, footprints, cells[:levels], grids)
+        ctx.banks, ctx.paths, ctx.weighted = banks, paths, footprints is not None
         pages = [_flat(bank) for bank in banks[:levels]]
         launch(
-            tree_triton.add_sum, _blocks(unit), device, unit, path, coords, bank_table(pages, paths.first), *grids,
-            out, len(unit), levels, len(grids.scales), BLOCK=BLOCK,
+            tree_triton.add_sum, _blocks(unit), device, unit, path, coords, *weighing,
+            bank_table(pages, paths.first), *grids, out, len(unit), levels, len(grids.scales), WEIGHTED=ctx.weighted,
+            BLOCK=BLOCK,
         )  # fmt: skip
-        ctx.samples, ctx.grids, ctx.levels = (unit, path, coords, unit, grids.scales), grids, levels
-        ctx.banks, ctx.paths = banks, paths
+        ctx.samples, ctx.grids, ctx.levels = (unit, path, coords, *weighing), grids, levels
         return out
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad_out: Tensor):
-        targets = [target_of(bank) if each else None for bank, each in zip(ctx.banks, ctx.needs_input_grad[2:])]
-        _scatter(ctx, targets[: ctx.levels], grad_out, ctx.samples, 1, False, summed=True)
-        return (None, None, *(target and target.returned for target in targets))
+        targets = [target_of(bank) if each else None for bank, each in zip(ctx.banks, ctx.needs_input_grad[4:])]
+        _scatter(ctx, targets[: ctx.levels], grad_out, ctx.samples, 1, ctx.weighted, summed=True)
+        return (None,) * 4 + tuple(target and target.returned for target in targets)
 
 
 def _scatter(
