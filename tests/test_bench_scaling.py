@@ -48,10 +48,10 @@ def town() -> Town:
 
 @pytest.mark.slow
 def test_scaling_measures_two_towns(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    preset, output = tmp_path / "tiny.yaml", tmp_path / "results" / "tiny"
+    preset, output = tmp_path / "tiny.yaml", tmp_path / "results" / "version 0.1"
     preset.write_text(TINY)
     Scaling((1, 2), rays=32, steps=4, warm_up=8, preset=str(preset), output=output).main()
-    with open(output.with_suffix(".csv")) as file:
+    with open(output.parent / "version 0.1.csv") as file:
         one, two = csv.DictReader(file)
     assert (one["area"], two["area"]) == ("1.0", "4.0")
     assert (one["photos"], two["photos"]) == ("140", "378"), "seven of eight photos of the demo scene train"
@@ -68,7 +68,7 @@ def test_scaling_measures_two_towns(tmp_path: Path, capsys: pytest.CaptureFixtur
     for column in ("nodes", "points", "parameters_mib", "training_state_mib", "photos_mib"):
         assert float(two[column]) > 1.5 * float(one[column])
     assert one["ratio"] == "1.0" and float(two["ratio"]) > 0
-    assert Image.open(output.with_suffix(".png")).size[0] > 300
+    assert Image.open(output.parent / "version 0.1.png").size[0] > 300
     printed = capsys.readouterr().out
     assert "$ " in printed and "MiB" in printed and two["nodes_per_level"] in printed
 

@@ -8,7 +8,6 @@ steps, so that the last measurement is of a finished training; nerfacto keeps it
 from __future__ import annotations
 
 import copy
-import csv
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -36,6 +35,7 @@ from rich.table import Table
 from torch import Tensor
 
 from infnerf_ns.cli.bench_machine import describe_machine
+from infnerf_ns.cli.bench_output import table_and_plot, write_table
 from infnerf_ns.data.demo_dataparser import InfNeRFDemoDataParserConfig
 from infnerf_ns.data.pyramid import downsample_mask, level_mean, level_name, num_levels
 from infnerf_ns.data.pyramid_rays import level_camera
@@ -85,7 +85,7 @@ class Quality:
             raise InputError("--methods: name at least one")
         configs = {method: self._config(method) for method in self.methods}  # all, before the first one trains
         print(describe_machine())
-        self.output.parent.mkdir(parents=True, exist_ok=True)
+        table, plot = table_and_plot(self.output)
         rows: list[dict] = []
         for number, (method, config) in enumerate(configs.items()):
             # All settings together may be too long for the name of a folder.
@@ -93,10 +93,10 @@ class Quality:
             for row in self._train(config):
                 rows.append({"method": method, **row})
                 print(_line(rows[-1]), flush=True)
-                _write_table(rows, self.output.with_suffix(".csv"))
+                write_table(rows, table)
         _print_table(rows)
-        _plot(rows, self.output.with_suffix(".png"), f"{self.data.name}, {self.clock} time")
-        print(f"infnerf: wrote {self.output.with_suffix('.csv')} and {self.output.with_suffix('.png')}")
+        _plot(rows, plot, f"{self.data.name}, {self.clock} time")
+        print(f"infnerf: wrote {table} and {plot}")
 
     def _train(self, config: TrainerConfig) -> Iterator[dict]:
         """A row per measurement."""
@@ -264,13 +264,6 @@ def _line(row: dict) -> str:
     return (
         f"{row['method']} after {row['minutes']:g} min: {row['steps']} steps, {row['rays_per_s']} rays/s, {levels} dB"
     )
-
-
-def _write_table(rows: list[dict], path: Path) -> None:
-    with open(path, "w", newline="") as file:
-        writer = csv.DictWriter(file, list(rows[0]))
-        writer.writeheader()
-        writer.writerows(rows)
 
 
 def _print_table(rows: list[dict]) -> None:

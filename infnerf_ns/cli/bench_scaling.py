@@ -18,7 +18,6 @@ by a step: :mod:`.bench_touched`.
 
 from __future__ import annotations
 
-import csv
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -29,6 +28,7 @@ from rich.progress import track
 from rich.table import Table
 
 from infnerf_ns.cli.bench_machine import describe_machine
+from infnerf_ns.cli.bench_output import table_and_plot, write_table
 from infnerf_ns.cli.bench_town import Town, survey_town
 from infnerf_ns.cli.bench_training import Training, TrainingProcess, in_process
 from infnerf_ns.data.demo_dataparser import MAX_SIZE
@@ -70,7 +70,7 @@ class Scaling:
         config = load_preset(self.preset, "cpu")
         print(describe_machine())
         print(f"{self.preset}, {self.rays} rays per step, {self.steps} steps after {self.warm_up}", flush=True)
-        self.output.parent.mkdir(parents=True, exist_ok=True)
+        table, plot = table_and_plot(self.output)
         towns: list[Town] = []
         for size in self.sizes:
             batches = self.warm_up + self.steps
@@ -81,10 +81,10 @@ class Scaling:
             first, other = self._measure(towns[0], town)
             rows += [other] if rows else [first, other]
             print(_line(rows[-1]), flush=True)
-            _write_table(rows, self.output.with_suffix(".csv"))
+            write_table(rows, table)
         _print_tables(rows, self.rays)
-        _plot(rows, self.output.with_suffix(".png"), f"{self.preset}, {self.rays} rays per step")
-        print(f"infnerf: wrote {self.output.with_suffix('.csv')} and {self.output.with_suffix('.png')}")
+        _plot(rows, plot, f"{self.preset}, {self.rays} rays per step")
+        print(f"infnerf: wrote {table} and {plot}")
 
     def _check(self) -> None:
         sizes = self.sizes
@@ -170,13 +170,6 @@ def _line(row: dict) -> str:
         f"area x{row['area']:g}: {row['nodes']} nodes, {row['ms']} ms per step beside {row['first_ms']} ms of the"
         f" first town, ratio {row['ratio']}"
     )
-
-
-def _write_table(rows: list[dict], path: Path) -> None:
-    with open(path, "w", newline="") as file:
-        writer = csv.DictWriter(file, list(rows[0]))
-        writer.writeheader()
-        writer.writerows(rows)
 
 
 def _print_tables(rows: list[dict], rays: int) -> None:
