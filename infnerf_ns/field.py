@@ -77,8 +77,8 @@ class FieldConfig:
     """Strength of Zip-NeRF's down-weighting of hash levels finer than the sample's footprint (0: off; larger:
     sharper)."""
     proposal_downweight: Annotated[float, Range(0.0, 16.0)] = 1.0
-    """The same for the hash levels of the proposals, whose footprints are at least half the interval: a long interval
-    then sees the mean of what lies in it, not what happens to lie at its middle (0: off)."""
+    """The same for the hash levels of the proposals, whose footprints are at least half the interval: what a long
+    interval sees does then not depend on the fine detail that happens to lie at its middle (0: off)."""
     backend: Backend = "auto"
     """Who evaluates grids and decoders; auto takes numba on a CPU, and on CUDA the first of triton, tcnn and torch that
     is installed. What happens along rays takes numba on any CPU."""
@@ -259,14 +259,15 @@ class OctreeField(nn.Module):
         total = len(routed.node)
         if total == 0:
             return routed.unit.new_zeros(0, self.density_widths[0])
+        weighted = self.config.downweight and routed.footprints is not None
+        cells = self._cells(self.layouts[: len(slices)], self.config.downweight)
         if residual and self._fused(routed.unit, routed.footprints):
             banks = [bank.detach() if frozen else bank for bank in self.grids[: len(slices)]]
-            weighted = self.config.downweight and routed.footprints is not None
             return path_features(
                 self._paths(routed.unit, routed.path),
                 [a for a, _ in slices],
                 routed.footprints if weighted else None,
-                self._cells(self.layouts[: len(slices)], self.config.downweight),
+                cells,
                 banks,
                 self.layouts[: len(slices)],
                 self.density_widths[0],
@@ -282,9 +283,8 @@ class OctreeField(nn.Module):
             row = node - octree.first_of_level[level]
             bank = self.grids[level].detach() if frozen else self.grids[level]
             features = hash_encode(local, row, bank, self.layouts[level], self.config.backend)
-            if self.config.downweight and routed.footprints is not None:
-                cells = self._cells(self.layouts[: level + 1], self.config.downweight)[level]
-                weights = self._hash_level_weights(level, cells, routed.footprints[a:b], routed.unit[a:b])
+            if weighted:
+                weights = self._hash_level_weights(level, cells[level], routed.footprints[a:b], routed.unit[a:b])
                 features = features * weights.repeat_interleave(self.layouts[level].features, dim=1)
             if not residual:
                 pieces.append(features)
@@ -296,13 +296,22 @@ class OctreeField(nn.Module):
         return nn.functional.pad(features, (0, self.density_widths[0] - features.shape[1]))
 
     def _hash_level_weights(
-        self, level: int, cells: np.ndarray, footprints: Float[Tensor, "S"], unit: Float[Tensor, "S 3"]
+        self,
+        level: int,
+        cells: np.ndarray,
+        footprints: Float[Tensor, "S"],
+        unit: Float[Tensor, "S 3"],
+        along: bool = False,
     ) -> Float[Tensor, "S L"]:
         """Weight of each hash level: how much of a cell's detail is left in the mean over the footprint (Zip-NeRF,
-        eq. 9)."""
-        if level == 0:  # outside of the cube the contraction shrinks a footprint (across the ray) as it shrinks space
+        eq. 9).
+
+        Outside of the cube the contraction shrinks a pixel's footprint, which lies across the ray, as it shrinks
+        distances around the centre; a length ``along`` the ray shrinks as distances from the centre do.
+        """
+        if level == 0:
             norm = (2 * unit.detach() - 1).abs().amax(dim=-1).clamp(min=1)
-            footprints = footprints * (2 - 1 / norm) / norm
+            footprints = footprints * (1 / norm if along else 2 - 1 / norm) / norm
         return torch.erf(torch.from_numpy(cells).to(footprints) / footprints[:, None].clamp(min=1e-12))
 
     def _cells(self, layouts: list[HashLayout], strength: float) -> list[np.ndarray]:
@@ -355,7 +364,14 @@ class OctreeField(nn.Module):
     def proposal_density(
         self, positions: Float[Tensor, "M 3"], footprints: Float[Tensor, "M"] | None
     ) -> Float[Tensor, "M"]:
-        """Density of the proposal grids per scene unit: exp of the sum over the sample's node and its ancestors."""
+        """Density of the proposal grids per scene unit: exp of the weighted sum over the sample's node and its
+        ancestors (``exp(-1) 2 / side`` where all of it is faded).
+
+        Args:
+            positions: world positions.
+            footprints: at least half of the intervals' lengths, scene units: they choose the nodes and fade the hash
+                levels. None: the finest nodes, nothing is faded.
+        """
         octree = self.octree
         unit = octree.cube.to_unit(positions)
         path = octree.route(unit, footprints, int(self.active_level), self.config.backend)
@@ -376,7 +392,8 @@ class OctreeField(nn.Module):
             local = octree.local(unit[at], node[at], level)
             features = hash_encode(local, row, banks[level], layouts[level], self.config.backend)
             if weighted:
-                features = features * self._hash_level_weights(level, cells[level], footprints[at], unit[at])
+                weights = self._hash_level_weights(level, cells[level], footprints[at], unit[at], along=True)
+                features = features * weights
             part = features.sum(-1)
             log_density = log_density.index_add(0, at, part) if level else part
         return trunc_exp(log_density - 1.0) * (2.0 / octree.cube.side)

@@ -269,8 +269,8 @@ class InfNeRFModel(Model):
         return torch.cat([outputs[output_name], outputs["accumulation"]], dim=-1)
 
     def _appearance(self, rays: RayBundle) -> Float[Tensor, "R A"] | None:
-        """Appearance code per ray: the given one; the mean of all photos; in training a share of the rays has its own
-        photo's."""
+        """Appearance code per ray: the given one; in training the photo's own, or for a share of the rays the mean of
+        all photos; otherwise that mean. The codes learn from their own photos alone."""
         if self.field.appearance is None:
             return None
         if APPEARANCE in rays.metadata:

@@ -209,8 +209,9 @@ def sample_geometry(
         jitter: perturb the footprint by 2**(u - 1/2), one u per ray sample.
 
     Returns:
-        World positions, and radii in scene units. The radii are None if the rays carry nerfstudio's placeholder
-        ``pixel_area == 1`` (texture export, nearest-camera render): no footprint is known, the finest level answers.
+        World positions, and radii in scene units. If the rays carry nerfstudio's placeholder ``pixel_area == 1``
+        (texture export, nearest-camera render) no pixel is known: the radii are half the intervals' lengths for
+        ``of_interval``, else None, and the finest level answers.
         Parallel rays (orthographic cameras, ``pixel_area == 0``) have the radius ``ORTHOGRAPHIC_FOOTPRINT`` of their
         metadata everywhere.
     """
@@ -225,7 +226,7 @@ def sample_geometry(
         of_interval,
     )
     if bool((area[:1] == 1).all()) and bool((area == 1).all()):
-        return positions, None
+        return positions, samples.edges.diff(dim=1) / 2 if of_interval else None
     if jitter:
         radii = radii * 2 ** (torch.rand_like(radii) - 0.5)
     return positions, radii

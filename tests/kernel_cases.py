@@ -180,13 +180,13 @@ def _level(tree: Octree, paths: TreePaths, level: int, bank: Tensor, layout: Has
 
 
 def _weights(
-    paths: TreePaths, footprints: Tensor, layouts: list[HashLayout], level: int, at: Tensor
+    paths: TreePaths, footprints: Tensor, layouts: list[HashLayout], level: int, at: Tensor, along: bool
 ) -> Float[Tensor, "S L"]:
-    """Of the hash levels at the samples ``at`` (Zip-NeRF, eq. 9)."""
+    """Of the hash levels at the samples ``at`` (Zip-NeRF, eq. 9); footprints are lengths along the rays, or across."""
     radii = footprints[at]
     if level == 0:
         norm = (2 * paths.unit[at] - 1).abs().amax(dim=1).clamp(min=1)
-        radii = radii * (2 - 1 / norm) / norm
+        radii = radii / norm**2 if along else radii * (2 - 1 / norm) / norm
     return torch.erf(torch.from_numpy(path_cells(layouts)[level]) / radii[:, None])
 
 
@@ -203,7 +203,7 @@ def reference_features(
     for level, (bank, layout) in enumerate(zip(banks, layouts)):
         at, features = _level(tree, paths, level, bank, layout)
         if footprints is not None:
-            weights = _weights(paths, footprints, layouts, level, at)
+            weights = _weights(paths, footprints, layouts, level, at, along=False)
             features = features * weights.repeat_interleave(layout.features, dim=1)
         columns.append(torch.zeros(len(paths.unit), layout.num_outputs).index_add(0, at, features))
     features = torch.cat(columns, dim=1)
@@ -218,6 +218,6 @@ def reference_sum(
     for level, (bank, layout) in enumerate(zip(banks, layouts)):
         at, features = _level(tree, paths, level, bank, layout)
         if footprints is not None:
-            features = features * _weights(paths, footprints, layouts, level, at)
+            features = features * _weights(paths, footprints, layouts, level, at, along=True)
         total = total.index_add(0, at, features.sum(dim=1))
     return total

@@ -15,6 +15,7 @@ from PIL import Image
 from tiny_capture import write_capture
 
 from infnerf_ns.cli import bench_nodes, bench_quality, picture
+from infnerf_ns.cli.bench_output import table_and_plot
 from infnerf_ns.cli.bench_quality import Quality, held_out_psnr
 from infnerf_ns.cli.bench_speed import Speed
 from infnerf_ns.errors import InputError
@@ -82,6 +83,11 @@ class _Constant(torch.nn.Module):
     def forward(self, rays) -> dict[str, torch.Tensor]:
         self.rays += len(rays)
         return {"rgb": torch.full((len(rays), 3), 0.5)}
+
+
+def test_a_dot_in_the_name_of_a_table_stays(tmp_path: Path) -> None:
+    table, plot = table_and_plot(tmp_path / "results" / "version 0.1")
+    assert (table.name, plot.name) == ("version 0.1.csv", "version 0.1.png") and table.parent.is_dir()
 
 
 def test_quality_applies_settings_behind_a_method(tmp_path: Path) -> None:

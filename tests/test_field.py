@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from functools import cache
 
 import pytest
@@ -283,6 +284,47 @@ def test_detail_finer_than_the_footprint_fades() -> None:
     assert torch.allclose(field.density_at(positions, tiny, 0), field.density_at(positions, None, 0), rtol=1e-5)
     assert torch.equal(sharp.density_at(positions, huge), sharp.density_at(positions, cell))
     assert not torch.allclose(field.density_at(positions, cell), field.density_at(positions, huge), rtol=1e-2)
+
+
+@pytest.mark.parametrize("backend", ["torch", "numba"])
+@pytest.mark.parametrize("strength", [1.0, 0.4])
+@pytest.mark.parametrize("level", [0, 1])
+def test_hash_levels_of_the_proposals_fade_by_the_interval(level: int, strength: float, backend: str) -> None:
+    """A grid of ones interpolates to 1, so the sum of the features is the sum of their weights (Zip-NeRF, eq. 9)."""
+    field = tiny_field(backend=backend, proposal_downweight=strength, downweight=0.0)
+    tree = field.octree
+    for number, bank in enumerate(field.proposals):
+        bank.data.fill_(float(number == level))
+    coords = tree.coords[tree.level == 1] + 0.4
+    positions = tree.cube.to_world(coords / 2)
+    radius = 0.2 * tree.cube.side if level == 0 else 0.95 * tree.gsd(0)
+    density = field.proposal_density(positions, torch.full((len(coords),), radius))
+    side = [2 * tree.cube.side, tree.cube.side / 2][level]
+    weights = [math.erf(strength / 8**0.5 * side / scale / radius) for scale in field.proposal_layouts[level].scales]
+    assert 0.2 < min(weights) < 0.9
+    expected = torch.full_like(density, sum(weights))
+    assert torch.allclose((density * tree.cube.side / 2).log() + 1, expected, rtol=1e-4)
+
+
+def test_intervals_far_outside_shrink_as_lengths_along_the_ray_do() -> None:
+    """Twice as far outside of the cube, an interval four times as long is as long in the contracted space."""
+    field = tiny_field(downweight=0.0)
+    field.proposals[0].data.fill_(1.0)
+    cube = field.octree.cube
+    near, far = (cube.to_world(torch.tensor([[0.5 + distance, 0.5, 0.5]])) for distance in (3.0, 6.0))
+    radius = torch.tensor([4.0 * cube.side])
+    density = field.proposal_density(near, radius)
+    assert torch.allclose(field.proposal_density(far, 4 * radius), density, rtol=1e-4)
+    assert field.proposal_density(far, radius) > 1.1 * density
+
+
+def test_without_down_weighting_an_interval_only_chooses_the_node() -> None:
+    field = tiny_field(proposal_downweight=0.0)
+    positions, _ = tiny_samples(field.octree)
+    cell, huge = (torch.full((len(positions),), radius) for radius in (1.01 * field.octree.gsd(0), 1e5))
+    assert torch.equal(field.proposal_density(positions, cell), field.proposal_density(positions, huge))
+    faded = tiny_field().proposal_density(positions, huge)
+    assert torch.allclose(faded, torch.full_like(faded, math.exp(-1) * 2 / field.octree.cube.side), rtol=1e-3)
 
 
 def test_normal_of_a_slope() -> None:

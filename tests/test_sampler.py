@@ -200,9 +200,12 @@ def test_a_round_asks_for_the_interval_that_it_represents() -> None:
 
 
 def test_placeholder_pixels_have_no_footprint() -> None:
+    """Their intervals have a length."""
     rays = _rays(pixel_area=1.0)
-    asked, _, samples = _asked_footprints(rays)
-    assert asked == [None, None] and sample_geometry(rays, samples)[1] is None
+    asked, samples_list, samples = _asked_footprints(rays)
+    for footprints, intervals in zip(asked, samples_list):
+        assert torch.equal(footprints, (intervals.ends - intervals.starts).reshape(-1) / 2)
+    assert sample_geometry(rays, samples)[1] is None
     mixed = _rays()
     mixed.pixel_area[0] = 1.0
     assert _asked_footprints(mixed)[0][0] is not None, "one real pixel of one steradian is no placeholder"

@@ -103,25 +103,26 @@ class Speed:
         tree = build_octree(points, torch.zeros(4000), cube, max_level=1, min_points=32, node_resolution=256)
         layouts = PageLayout(config, tree.node_resolution, 1)
         width = sum(layout.num_outputs for layout in layouts.grids)
-        counts = self.rays * sampler.samples, self.rays * sum(sampler.proposal_samples)
-        radii = [torch.full((count,), cube.side / (4 * tree.node_resolution)) for count in counts]
-        cells = [
+        samples, proposals = self.rays * sampler.samples, self.rays * sum(sampler.proposal_samples)
+        radii = torch.full((samples,), cube.side / (4 * tree.node_resolution))
+        intervals = cube.side / 50 * 2 ** (4 * torch.rand(proposals) - 2)
+        cells, cells_of_proposals = (
             [(cube.side / layout.scales).astype(np.float32) for layout in kind]
             for kind in (layouts.grids, layouts.proposals)
-        ]
+        )
         self._grid_rows(
             "grids of the field",
             tree,
             layouts.grids,
-            counts[0],
-            lambda paths, banks: path_features(paths, [0, 0], radii[0], cells[0], banks, layouts.grids, width),
+            samples,
+            lambda paths, banks: path_features(paths, [0, 0], radii, cells, banks, layouts.grids, width),
         )
         self._grid_rows(
             "grids of the proposals",
             tree,
             layouts.proposals,
-            counts[1],
-            lambda paths, banks: path_sum(paths, radii[1], cells[1], banks, layouts.proposals),
+            proposals,
+            lambda paths, banks: path_sum(paths, intervals, cells_of_proposals, banks, layouts.proposals),
         )
 
     def _grid_rows(

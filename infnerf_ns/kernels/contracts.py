@@ -146,7 +146,8 @@ def path_sum(
 
     Args:
         paths: samples in any order.
-        footprints, cells: as for :func:`path_features`.
+        footprints, cells: as for :func:`path_features`, but lengths along the ray, which in the root shrink with the
+            square of the contraction's norm.
         banks: grids of each level.
         layouts: their layouts.
         backend: one that :func:`follows_paths`.

@@ -130,9 +130,9 @@ def _parts(bank: Tensor, hash_levels: int) -> int:
     return max(1, min(len(bank), -(-2 * numba.get_num_threads() // hash_levels)))
 
 
-def _contracted(unit: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+def _contracted(unit: np.ndarray, along: bool) -> tuple[np.ndarray, np.ndarray]:
     contracted, shrink = np.empty_like(unit), np.empty(len(unit), np.float32)
-    tree_numba.contract(unit, contracted, shrink)
+    tree_numba.contract(unit, along, contracted, shrink)
     return contracted, shrink
 
 
@@ -142,7 +142,7 @@ class _Footprints(NamedTuple):
     radii: np.ndarray
     """[M], or [0]: nothing is weighted"""
     in_root: np.ndarray
-    """the same where the root's contraction has shrunk them"""
+    """[M] or [0]: the same where the root's contraction has shrunk them"""
     weights: np.ndarray
     """[M, all hash levels of the path], for the backward pass; uninitialised"""
 
@@ -163,7 +163,7 @@ class _PathFeatures(torch.autograd.Function):
         out = torch.zeros(count, width)
         column = weight_column = 0
         with numba_lock:
-            contracted, shrink = _contracted(unit)
+            contracted, shrink = _contracted(unit, along=False)
             sizes = _footprints(footprints, shrink, layouts)
             for level, (bank, layout) in enumerate(zip(banks, layouts)):
                 if starts[level] < count:
@@ -209,7 +209,7 @@ class _PathSum(torch.autograd.Function):
         out = torch.zeros(len(unit))
         weight_column = 0
         with numba_lock:
-            contracted, shrink = _contracted(unit)
+            contracted, shrink = _contracted(unit, along=True)
             sizes = _footprints(footprints, shrink, layouts)
             for level, (bank, layout) in enumerate(zip(banks, layouts)):
                 places, radii = (unit, sizes.radii) if level else (contracted, sizes.in_root)

@@ -42,15 +42,16 @@ def _inside(x):
 
 
 @nb.njit(parallel=True, cache=True, fastmath=KEEPS_NAN, error_model="numpy", boundscheck=False)
-def contract(unit, contracted, shrink):
+def contract(unit, along, contracted, shrink):
     """The L-inf contraction of :func:`infnerf_ns.octree.contract`: contracted [M, 3] of unit [M, 3], and by how much a
-    footprint there shrinks [M]."""
+    footprint there shrinks [M]: the radius of a cone across the ray, or a length ``along`` it, which shrinks more."""
     one, two = np.float32(1), np.float32(2)
     for p in nb.prange(len(unit)):
         x, y, z = two * unit[p, 0] - one, two * unit[p, 1] - one, two * unit[p, 2] - one
         inverse = one / max(max(abs(x), abs(y)), max(abs(z), one))
-        shrink[p] = (two - inverse) * inverse
-        factor = shrink[p] * np.float32(0.25)
+        across = (two - inverse) * inverse
+        shrink[p] = inverse * inverse if along else across
+        factor = across * np.float32(0.25)
         contracted[p, 0] = _inside(factor * x + np.float32(0.5))
         contracted[p, 1] = _inside(factor * y + np.float32(0.5))
         contracted[p, 2] = _inside(factor * z + np.float32(0.5))

@@ -28,29 +28,29 @@ def _inside(x):
 
 @triton.jit
 def _contract(x, y, z):
-    """The L-inf contraction of :func:`infnerf_ns.octree.contract`, and by how much a footprint there shrinks."""
+    """The L-inf contraction of :func:`infnerf_ns.octree.contract`, and one over the norm there (1 inside the cube)."""
     x, y, z = 2 * x - 1, 2 * y - 1, 2 * z - 1
     inverse = 1 / tl.maximum(tl.maximum(tl.abs(x), tl.abs(y)), tl.maximum(tl.abs(z), 1.0))
-    shrink = (2 - inverse) * inverse
-    factor = shrink * 0.25
-    return _inside(factor * x + 0.5), _inside(factor * y + 0.5), _inside(factor * z + 0.5), shrink
+    factor = (2 - inverse) * inverse * 0.25
+    return _inside(factor * x + 0.5), _inside(factor * y + 0.5), _inside(factor * z + 0.5), inverse
 
 
 @triton.jit
 def _local(x, y, z, level, node, live, coords):
-    """Local coordinates of samples in their nodes of an octree level, and by how much their footprints shrink there."""
-    rx, ry, rz, shrink = _contract(x, y, z)
+    """Local coordinates of samples in their nodes of an octree level, and one over the norm that contracts the root."""
+    rx, ry, rz, inverse = _contract(x, y, z)
     cells = (1 << level.to(tl.int32)).to(tl.float32)
     lx = _inside(x * cells - tl.load(coords + node * 3, mask=live, other=0).to(tl.float32))
     ly = _inside(y * cells - tl.load(coords + node * 3 + 1, mask=live, other=0).to(tl.float32))
     lz = _inside(z * cells - tl.load(coords + node * 3 + 2, mask=live, other=0).to(tl.float32))
     root = level == 0
-    return tl.where(root, rx, lx), tl.where(root, ry, ly), tl.where(root, rz, lz), tl.where(root, shrink, 1.0)
+    return tl.where(root, rx, lx), tl.where(root, ry, ly), tl.where(root, rz, lz), tl.where(root, inverse, 1.0)
 
 
 @triton.jit
-def _level_weight(cells, entry, footprints, sample, live, shrink):
-    """erf(cells / footprint) of a hash level (Zip-NeRF, eq. 9)."""
+def _level_weight(cells, entry, footprints, sample, live, inverse, ALONG: tl.constexpr):
+    """erf(cells / footprint) of a hash level (Zip-NeRF, eq. 9); footprints are lengths ALONG the ray, or across it."""
+    shrink = inverse * inverse if ALONG else (2 - inverse) * inverse
     radius = tl.load(footprints + sample, mask=live, other=1.0) * shrink
     return tl.erf(tl.load(cells + entry) / tl.maximum(radius, 1e-12))
 
@@ -80,13 +80,13 @@ def encode(
         return
     scale, resolution, size, base, hashed = grid_of(grids, scales, entry)
     x, y, z = xyz_of(unit, sample, live)
-    x, y, z, shrink = _local(x, y, z, level, node, live, coords)
+    x, y, z, inverse = _local(x, y, z, level, node, live, coords)
     bank = banks + level * BANK_FIELDS
     row = node - tl.load(bank + 2)
     pages = tl.load(bank).to(tl.pointer_type(tl.float32)) + row * tl.load(bank + 1) + base + feature
     features = interpolate(pages, live, x, y, z, scale, resolution, size, hashed, FEATURES, BLOCK)
     if WEIGHTED:
-        features *= _level_weight(cells, entry, footprints, sample, live, shrink)
+        features *= _level_weight(cells, entry, footprints, sample, live, inverse, False)
     tl.store(out + sample * width + column + feature, features, mask=live)
 
 
@@ -113,9 +113,9 @@ def encode_backward(
     gradient = tl.load(grad_out + place, mask=live, other=0.0)
     scale, resolution, size, base, hashed = grid_of(grids, scales, entry)
     x, y, z = xyz_of(unit, sample, live)
-    x, y, z, shrink = _local(x, y, z, level, node, live, coords)
+    x, y, z, inverse = _local(x, y, z, level, node, live, coords)
     if WEIGHTED:
-        gradient *= _level_weight(cells, entry, footprints, sample, live, shrink)
+        gradient *= _level_weight(cells, entry, footprints, sample, live, inverse, SUMMED)
     row = node - tl.load(bank + 2)
     scatter(gradient, bank, row, feature, live, x, y, z, scale, resolution, size, base, hashed, FEATURES)
 
@@ -135,11 +135,11 @@ def add_sum(
         node = tl.load(path + sample * depth + level, mask=exists, other=-1)
         live = node >= 0
         scale, resolution, size, base, hashed = grid_of(grids, scales, entry)
-        lx, ly, lz, shrink = _local(x, y, z, level, node, live, coords)
+        lx, ly, lz, inverse = _local(x, y, z, level, node, live, coords)
         bank = banks + level * BANK_FIELDS
         pages = tl.load(bank).to(tl.pointer_type(tl.float32)) + (node - tl.load(bank + 2)) * tl.load(bank + 1) + base
         feature_here = interpolate(pages, live, lx, ly, lz, scale, resolution, size, hashed, 1, BLOCK)
         if WEIGHTED:
-            feature_here *= _level_weight(cells, entry, footprints, sample, live, shrink)
+            feature_here *= _level_weight(cells, entry, footprints, sample, live, inverse, True)
         total += feature_here
     tl.store(out + sample, total, mask=exists)
