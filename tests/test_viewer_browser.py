@@ -177,7 +177,7 @@ def _changed(picture: np.ndarray, before: np.ndarray) -> float:
 
 
 def _in_depth_colors(picture: np.ndarray) -> float:
-    """Share of the scene's area in colours of nerfstudio's map for depths, which a town hardly has."""
+    """Share of the scene's area in colours of nerfstudio's map for depths."""
     colors = 255 * colormaps.apply_float_colormap(torch.linspace(0, 1, 256)[:, None], "turbo").numpy()
     off = np.abs(picture[SCENE][::4, ::4, None] - colors).max(axis=-1).min(axis=-1)
     return float((off < 32).mean())
@@ -205,7 +205,8 @@ def test_the_page_shows_the_scene(seen: Seen) -> None:
     rendered = seen.rendered[SCENE]
     assert rendered.std(axis=(0, 1)).max() > 15  # not one colour
     assert len(np.unique(rendered.astype(int).reshape(-1, 3), axis=0)) > 500
-    assert _in_depth_colors(seen.rendered) < 0.1
+    # Red roofs and green meadows are colours of that map, too, but most of the scene is not.
+    assert _in_depth_colors(seen.rendered) < 0.5 * _in_depth_colors(seen.depth)
 
 
 def test_the_dropdown_lists_the_outputs(seen: Seen) -> None:
