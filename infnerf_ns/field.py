@@ -77,8 +77,9 @@ class FieldConfig:
     """Strength of Zip-NeRF's down-weighting of hash levels finer than the sample's footprint (0: off; larger:
     sharper)."""
     proposal_downweight: Annotated[float, Range(0.0, 16.0)] = 1.0
-    """The same for the hash levels of the proposals, whose footprints are at least half the interval: what a long
-    interval sees does then not depend on the fine detail that happens to lie at its middle (0: off)."""
+    """Strength of that down-weighting for the hash levels of the proposals, whose footprints are at least half the
+    interval: what a long interval sees then does not depend on the detail that happens to lie at its middle (0:
+    off)."""
     backend: Backend = "auto"
     """Who evaluates grids and decoders; auto takes numba on a CPU, and on CUDA the first of triton, tcnn and torch that
     is installed. What happens along rays takes numba on any CPU."""
