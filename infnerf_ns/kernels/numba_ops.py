@@ -47,7 +47,7 @@ def path_features(
     width: int,
 ) -> Tensor:
     """See :func:`infnerf_ns.kernels.path_features`."""
-    return _PathFeatures.apply(paths, starts, footprints, cells, layouts, width, *banks)
+    return _PathFeatures.apply(paths, starts, footprints, cells, layouts, width, _trains(banks), *banks)
 
 
 def path_sum(
@@ -58,7 +58,12 @@ def path_sum(
     layouts: list[HashLayout],
 ) -> Tensor:
     """See :func:`infnerf_ns.kernels.path_sum`."""
-    return _PathSum.apply(paths, footprints, cells, layouts, *banks)
+    return _PathSum.apply(paths, footprints, cells, layouts, _trains(banks), *banks)
+
+
+def _trains(banks: list[Tensor]) -> bool:
+    """Whether a backward pass will ask for the gradient of one of the banks; inside of a Function nobody can tell."""
+    return torch.is_grad_enabled() and any(bank.requires_grad for bank in banks)
 
 
 @cache
@@ -144,27 +149,28 @@ class _Footprints(NamedTuple):
     in_root: np.ndarray
     """[M] or [0]: the same where the root's contraction has shrunk them"""
     weights: np.ndarray
-    """[M, all hash levels of the path], for the backward pass; uninitialised"""
+    """[M, all hash levels of the path], uninitialised; or [0, 0]: there is no backward pass that needs them"""
 
 
-def _footprints(footprints: Tensor | None, shrink: np.ndarray, layouts: list[HashLayout]) -> _Footprints:
+def _footprints(footprints: Tensor | None, shrink: np.ndarray, layouts: list[HashLayout], trains: bool) -> _Footprints:
     if footprints is None:
         none = np.empty(0, np.float32)
         return _Footprints(none, none, np.empty((0, 0), np.float32))
     radii, hash_levels = flat(footprints.float()), sum(layout.num_levels for layout in layouts)
-    return _Footprints(radii, shrink * radii, np.empty((len(radii), hash_levels), np.float32))
+    shape = (len(radii), hash_levels) if trains else (0, 0)
+    return _Footprints(radii, shrink * radii, np.empty(shape, np.float32))
 
 
 class _PathFeatures(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, paths, starts, footprints, cells, layouts, width, *banks) -> Tensor:
+    def forward(ctx, paths, starts, footprints, cells, layouts, width, trains, *banks) -> Tensor:
         unit, path, coords = flat(paths.unit), flat(paths.path), flat(paths.coords)
         count = len(unit)
         out = torch.zeros(count, width)
         column = weight_column = 0
         with numba_lock:
             contracted, shrink = _contracted(unit, along=False)
-            sizes = _footprints(footprints, shrink, layouts)
+            sizes = _footprints(footprints, shrink, layouts, trains)
             for level, (bank, layout) in enumerate(zip(banks, layouts)):
                 if starts[level] < count:
                     places, radii = (unit, sizes.radii) if level else (contracted, sizes.in_root)
@@ -188,7 +194,7 @@ class _PathFeatures(torch.autograd.Function):
         with numba_lock:
             for level, (bank, layout) in enumerate(zip(ctx.banks, ctx.layouts)):
                 target = None
-                if ctx.needs_input_grad[6 + level] and ctx.starts[level] < len(unit):
+                if ctx.needs_input_grad[7 + level] and ctx.starts[level] < len(unit):
                     target = _target(bank)
                     places = unit if level else contracted
                     tree_numba.encode_backward(
@@ -199,18 +205,18 @@ class _PathFeatures(torch.autograd.Function):
                 returned.append(None if target is None else target.returned)
                 column += layout.num_outputs
                 weight_column += layout.num_levels
-        return (None,) * 6 + tuple(returned)
+        return (None,) * 7 + tuple(returned)
 
 
 class _PathSum(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, paths, footprints, cells, layouts, *banks) -> Tensor:
+    def forward(ctx, paths, footprints, cells, layouts, trains, *banks) -> Tensor:
         unit, path, coords = flat(paths.unit), flat(paths.path), flat(paths.coords)
         out = torch.zeros(len(unit))
         weight_column = 0
         with numba_lock:
             contracted, shrink = _contracted(unit, along=True)
-            sizes = _footprints(footprints, shrink, layouts)
+            sizes = _footprints(footprints, shrink, layouts, trains)
             for level, (bank, layout) in enumerate(zip(banks, layouts)):
                 places, radii = (unit, sizes.radii) if level else (contracted, sizes.in_root)
                 tree_numba.add_sum(
@@ -230,7 +236,7 @@ class _PathSum(torch.autograd.Function):
         weight_column = 0
         with numba_lock:
             for level, (bank, layout) in enumerate(zip(ctx.banks, ctx.layouts)):
-                target = _target(bank) if ctx.needs_input_grad[4 + level] else None
+                target = _target(bank) if ctx.needs_input_grad[5 + level] else None
                 if target is not None:
                     places = unit if level else contracted
                     tree_numba.add_sum_backward(
@@ -240,7 +246,7 @@ class _PathSum(torch.autograd.Function):
                     )  # fmt: skip
                 returned.append(None if target is None else target.returned)
                 weight_column += layout.num_levels
-        return (None,) * 4 + tuple(returned)
+        return (None,) * 5 + tuple(returned)
 
 
 class _LevelOfGroups(NamedTuple):

@@ -77,12 +77,11 @@ def cone_samples(origins, directions, edges, slope, constant, of_interval, posit
 def render_weights(density, edges, weights):
     """Writes weights [R, S] of density [R, S]."""
     for r in nb.prange(len(density)):
-        passed = np.float32(0)
+        passed = np.float32(1)
         for i in range(density.shape[1]):
-            depth = density[r, i] * (edges[r, i + 1] - edges[r, i])
-            weight = -np.expm1(-depth) * np.exp(-passed)
+            weight = -np.expm1(-density[r, i] * (edges[r, i + 1] - edges[r, i])) * passed
             weights[r, i] = weight if np.isfinite(weight) else np.float32(0)
-            passed += depth
+            passed -= weight
 
 
 @nb.njit(parallel=True, cache=True, fastmath=KEEPS_NAN, error_model="numpy", boundscheck=False)

@@ -74,7 +74,8 @@ def encode(
     unit, path, level, start, first, coords, bank, radii, cells, out, column, weights, weight_column,
     scales, resolutions, sizes, offsets, hashed, feature_axis,
 ):  # fmt: skip
-    """Writes out [start:, column : column + L * F] and weights [start:, weight_column : weight_column + L].
+    """Writes out [start:, column : column + L * F] and, if it is not [0, 0], weights [start:, weight_column :
+    weight_column + L].
 
     Args:
         unit: [M, 3] unit coordinates; contracted ones at level 0.
@@ -84,7 +85,7 @@ def encode(
         cells: [L] the footprint's scale per hash level: the weight is erf(cells / footprint).
     """
     features = len(feature_axis)
-    weighted = len(radii) > 0
+    weighted, kept = len(radii) > 0, len(weights) > 0
     for chunk in nb.prange((len(unit) - start + CHUNK - 1) // CHUNK):
         begin = start + chunk * CHUNK
         count = min(CHUNK, len(unit) - begin)
@@ -108,7 +109,8 @@ def encode(
                 weight = np.float32(1)
                 if weighted:
                     weight = _erf(cells[hash_level] * inverse[i])
-                    weights[begin + i, weight_column + hash_level] = weight
+                    if kept:
+                        weights[begin + i, weight_column + hash_level] = weight
                 write(out, begin + i, column + hash_level * features, features, values, weight)
 
 
@@ -162,7 +164,7 @@ def add_sum(
 ):  # fmt: skip
     """Adds to out [M] the weighted sum over the hash levels of each sample's node at this octree level, one feature
     each, and writes weights [:, weight_column : weight_column + L]; arguments as in :func:`encode`."""
-    weighted = len(radii) > 0
+    weighted, kept = len(radii) > 0, len(weights) > 0
     for chunk in nb.prange((len(unit) + CHUNK - 1) // CHUNK):
         begin = chunk * CHUNK
         local, row, place, entry = scratch()
@@ -188,7 +190,8 @@ def add_sum(
                 weight = np.float32(1)
                 if weighted:
                     weight = _erf(cells[hash_level] * inverse[i])
-                    weights[sample[i], weight_column + hash_level] = weight
+                    if kept:
+                        weights[sample[i], weight_column + hash_level] = weight
                 total[i] += weight * interpolate(bank, row, base, 1, place, entry, i)[0]
         for i in range(count):
             out[sample[i]] += total[i]
