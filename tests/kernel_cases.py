@@ -26,6 +26,8 @@ LAYOUTS = {
 }
 
 Device = str | torch.device
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+"""Where the kernels for GPUs are tested; on a CPU Triton interprets them."""
 
 
 def assert_close(fast: Tensor, reference: Tensor, name: str, tolerance: float = 3e-5) -> None:

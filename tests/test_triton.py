@@ -8,14 +8,13 @@ from __future__ import annotations
 import pytest
 import torch
 from kernel_cases import (
+    DEVICE,
     LAYOUTS,
     assert_close,
     flagged_blocks,
     hash_bank,
     hash_results,
     hash_samples,
-    mlp_case,
-    mlp_results,
     moved,
     path_banks,
     path_cells,
@@ -26,19 +25,15 @@ from kernel_cases import (
     reference_sum,
     wave,
 )
-from node_adam_cases import MOMENTS, adam_bank, adam_gradients, dense_step, give
-from tiny_field import compare, tiny_field, tiny_samples, values_and_gradients
 from torch import Tensor
 from torch.nn import Parameter
 
 pytest.importorskip("triton")
 
-from infnerf_ns.field import OctreeField, in_place_gradients
 from infnerf_ns.kernels import (
     Groups,
     HashLayout,
     TreePaths,
-    bank_gradient,
     enable_bank_gradient,
     grouped_mlp,
     hash_encode,
@@ -46,11 +41,6 @@ from infnerf_ns.kernels import (
     path_sum,
     triton_ops,
 )
-from infnerf_ns.training import optimizer as optimizer_module
-from infnerf_ns.training.optimizer import NodeAdam
-
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-
 
 # -- hash_encode -------------------------------------------------------------------------------------------------------
 
@@ -103,121 +93,6 @@ def test_a_gradient_that_is_not_a_number_gets_through() -> None:
     flags = bank.infnerf_gradient
     assert int(bank.grad.isnan().sum()) == 8 and flags.rows.tolist() == [1]
     assert bool((flags.touched.bool() >= flagged_blocks(bank.grad, flags.touched.shape[1])).all())
-
-
-# -- grouped_mlp -------------------------------------------------------------------------------------------------------
-
-WIDTHS = [(12, 16, 3), (7, 3), (20, 16, 16, 5), (39, 64, 64, 3), (6, 8, 7, 9), (18, 5, 17, 6, 9, 2)]
-
-
-@pytest.mark.parametrize("widths", WIDTHS)
-@pytest.mark.parametrize("sizes", [[5], [40, 0, 3, 100, 1], [64, 32]])
-def test_grouped_mlp_is_the_reference(sizes: list[int], widths: tuple[int, ...]) -> None:
-    case = mlp_case(sizes, widths)
-    reference, fast = mlp_results("torch", case), mlp_results("triton", case, DEVICE)
-    for name, expected in reference.items():
-        assert_close(fast[name], expected, name)
-
-
-@pytest.mark.parametrize("precision, tolerance", [("tf32", 1e-2), ("fp16", 1e-2), ("bf16", 1e-1)])
-def test_rounded_factors_are_near_the_reference(
-    precision: str, tolerance: float, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    if precision == "bf16" and DEVICE == "cpu":
-        pytest.skip("Triton's interpreter (3.9) multiplies the bits of bf16 as whole numbers")
-    monkeypatch.setattr(triton_ops, "_precision", lambda: precision)
-    case = mlp_case([40, 3, 70], (20, 16, 16, 5))
-    reference, fast = mlp_results("torch", case), mlp_results("triton", case, DEVICE)
-    for name, expected in reference.items():
-        assert fast[name].dtype == torch.float32
-        assert_close(fast[name], expected, name, tolerance)
-
-
-def test_precision_is_that_of_torch(monkeypatch: pytest.MonkeyPatch) -> None:
-    matmul, kept = torch.backends.cuda.matmul, torch.backends.cuda.matmul.allow_tf32
-    try:
-        for allowed, precision in ((False, "ieee"), (True, "tf32")):
-            matmul.allow_tf32 = allowed
-            assert triton_ops._precision() == precision
-    finally:
-        matmul.allow_tf32 = kept
-    monkeypatch.setattr(torch, "is_autocast_enabled", lambda device: device == "cuda")
-    for dtype, precision in ((torch.bfloat16, "bf16"), (torch.float16, "fp16")):
-        monkeypatch.setattr(torch, "get_autocast_dtype", lambda device, dtype=dtype: dtype)
-        assert triton_ops._precision() == precision
-
-
-def test_the_backward_pass_keeps_the_precision_of_the_forward_pass(monkeypatch: pytest.MonkeyPatch) -> None:
-    case = mlp_case([20], (4, 16, 3))
-    launched = []
-    launch = triton_ops.launch
-    monkeypatch.setattr(
-        triton_ops, "launch", lambda *a, **constants: (launched.append(constants["PRECISION"]), launch(*a, **constants))
-    )
-    monkeypatch.setattr(triton_ops, "_precision", lambda: "fp16")
-    inputs = case.inputs.to(DEVICE).requires_grad_()
-    banks, groups = [page.to(DEVICE) for page in case.pages], Groups(*(part.to(DEVICE) for part in case.groups))
-    out = grouped_mlp(inputs, groups, banks, case.offset, case.widths, "triton")
-    monkeypatch.setattr(triton_ops, "_precision", lambda: "ieee")
-    out.sum().backward()
-    assert launched == ["fp16", "fp16"]
-
-
-def test_an_input_that_is_not_a_number_gets_through_and_stays_in_its_sample() -> None:
-    case = mlp_case([20, 30], (6, 16, 8, 3))
-    case.inputs[4, 0] = float("nan")
-    reference, fast = mlp_results("torch", case), mlp_results("triton", case, DEVICE)
-    for name in ("outputs", "gradient of level 0", "gradient of level 2"):
-        assert torch.equal(fast[name].isnan().cpu(), reference[name].isnan()), name
-    assert int(fast["outputs"].isnan().sum()) == 3
-
-
-def test_mlps_too_wide_for_the_chip_are_left_to_torch() -> None:
-    case = mlp_case([9, 4], (5, 80, 3))
-    reference, other = mlp_results("torch", case), mlp_results("triton", case, DEVICE)
-    for name, expected in reference.items():
-        if name != "input gradient":  # torch also writes that of inputs beyond the used ones
-            assert_close(other[name], expected, name, 1e-5)
-
-
-def test_grouped_mlp_flags_its_weights_in_place() -> None:
-    """Weights that start and end within a block; a node without samples and a bank without groups stay untouched."""
-    sizes, widths, offset = [3, 40], (6, 8, 3), 21
-    generator = torch.Generator().manual_seed(0)
-    inputs = torch.randn(43, 6, generator=generator).to(DEVICE)
-    groups = Groups(*(torch.tensor(part, device=DEVICE) for part in ([0, 3, 43], [0, 1], [2, 0], [6, 4])))
-    pages = [torch.randn(3, 150, generator=generator).to(DEVICE) for _ in range(3)]
-    plain, held = ([Parameter(page.clone()) for page in pages] for _ in range(2))
-    for bank in held:
-        enable_bank_gradient(bank)
-    for banks in (plain, held):
-        for _ in range(2):
-            grouped_mlp(inputs, groups, banks, offset, widths, "triton").square().sum().backward()
-    for level, (bank, other) in enumerate(zip(held, plain)):
-        torch.testing.assert_close(bank.grad, other.grad, rtol=1e-5, atol=1e-5)
-        flags = bank.infnerf_gradient
-        assert flags.rows.tolist() == [[0, 0, 1], [1, 0, 0], [0, 0, 0]][level]
-        first, last = offset // 16, (offset + 6 * 8 + 8 * 3 - 1) // 16
-        expected = torch.zeros_like(flags.touched)
-        expected[flags.rows.bool(), first : last + 1] = 1
-        assert torch.equal(flags.touched, expected)
-    assert sum(sizes) == len(inputs)
-
-
-def test_only_the_gradients_asked_for_are_computed() -> None:
-    case = mlp_case([20, 30], (6, 8, 3))
-    groups = Groups(*(part.to(DEVICE) for part in case.groups))
-    pages = [page.to(DEVICE) for page in case.pages]
-    reference = mlp_results("torch", case)
-    frozen = case.inputs.to(DEVICE).requires_grad_()
-    grouped_mlp(frozen, groups, pages, case.offset, case.widths, "triton").backward(wave(50, 3, device=DEVICE))
-    assert_close(frozen.grad, reference["input gradient"], "of frozen nodes")
-    banks = [Parameter(page) for page in pages]
-    banks[0].requires_grad_(False)
-    inputs = case.inputs.to(DEVICE)
-    grouped_mlp(inputs, groups, banks, case.offset, case.widths, "triton").backward(wave(50, 3, device=DEVICE))
-    assert banks[0].grad is None
-    assert_close(banks[2].grad, reference["gradient of level 2"], "of inputs without a gradient")
 
 
 # -- paths down the tree -----------------------------------------------------------------------------------------------
@@ -373,105 +248,3 @@ def test_no_samples_are_no_work() -> None:
     (total.sum() + out.sum()).backward()
     assert positions.grad.shape == (0, 3) and not bool(banks[0].grad.any())
     assert tree.to(DEVICE).route(none.unit.to(DEVICE), None, None, "triton").shape == (0, 4)
-
-
-# -- the field ---------------------------------------------------------------------------------------------------------
-
-
-def _on_device(field: OctreeField) -> OctreeField:
-    field.octree = field.octree.to(DEVICE)
-    return field.to(DEVICE)
-
-
-@pytest.mark.parametrize(
-    "children, sharing, of_positions",
-    [("residual", "node", False), ("residual", "tree", True), ("independent", "node", False)],
-)
-def test_the_field_is_that_of_the_reference(children: str, sharing: str, of_positions: bool) -> None:
-    reference = values_and_gradients(tiny_field(children, sharing, backend="torch"), of_positions, 120)
-    field = _on_device(tiny_field(children, sharing, backend="triton"))
-    compared = compare(reference, values_and_gradients(field, of_positions, 120))
-    assert compared >= 4 + of_positions + 4 + 1 + 4, "values, positions, grids, at least one decoder, proposals"
-
-
-def test_normals_are_those_of_the_reference() -> None:
-    field, reference = _on_device(tiny_field(backend="triton")), tiny_field(backend="torch")
-    positions, footprints = tiny_samples(reference.octree, 60)
-    normals = field.normals(positions.to(DEVICE), footprints.to(DEVICE))
-    assert_close(normals, reference.normals(positions, footprints), "normals", 1e-4)
-    assert all(parameter.grad is None for parameter in field.parameters())
-
-
-# -- NodeAdam ----------------------------------------------------------------------------------------------------------
-
-
-@pytest.fixture
-def with_triton(monkeypatch: pytest.MonkeyPatch) -> None:
-    """NodeAdam takes the kernels of a GPU also where they are interpreted on a CPU."""
-    from infnerf_ns.kernels import adam_triton
-
-    monkeypatch.setattr(optimizer_module, "_device_kernels", lambda bank: adam_triton)
-
-
-@pytest.mark.parametrize("warmup", [0, 3])
-@pytest.mark.parametrize("page", [37, 20_000], ids=["a small page", "a page of several programs"])
-def test_node_adam_is_that_of_the_cpu(page: int, warmup: int, with_triton: None) -> None:
-    touched, dense = adam_bank(page=page, device=DEVICE), adam_bank(page=page)
-    options = {"lr": 0.03, "warmup": warmup}
-    first, second = NodeAdam([touched], **options), NodeAdam([dense], **options)
-    for gradient in adam_gradients(4, 5, density=0.2 if page < 100 else 0.002, page=page):
-        before = touched.detach().cpu().clone()
-        give(touched, gradient)
-        first.step()
-        dense_step(dense, second, gradient)
-        assert torch.equal(touched.detach().cpu()[gradient == 0], before[gradient == 0]), "bit for bit"
-        held = bank_gradient(touched)
-        assert not bool(held.grad.any()) and not bool(held.touched.any()) and not bool(held.rows.any())
-    assert torch.allclose(touched.detach().cpu(), dense, rtol=1e-5, atol=1e-6)
-    for moment in MOMENTS:
-        now, expected = first.state[touched][moment].cpu(), second.state[dense][moment]
-        assert torch.allclose(now, expected, rtol=1e-5, atol=1e-7), moment
-
-
-def test_zero_grad_forgets_a_backward_pass(with_triton: None) -> None:
-    bank = adam_bank(page=20_000, device=DEVICE)
-    optimizer = NodeAdam([bank], lr=0.03)
-    before = bank.detach().clone()
-    give(bank, adam_gradients(0, 1, density=0.01, page=20_000)[0])
-    optimizer.zero_grad()
-    held = bank_gradient(bank)
-    assert not bool(held.grad.any()) and not bool(held.touched.any()) and not bool(held.rows.any())
-    optimizer.step()
-    assert torch.equal(bank, before)
-
-
-def test_a_training_step_is_that_of_numba(with_triton: None, monkeypatch: pytest.MonkeyPatch) -> None:
-    """From samples to parameters, with gradients in place."""
-    results, kernels = [], optimizer_module._device_kernels
-    for backend, chosen in (("numba", lambda bank: None), ("triton", kernels)):
-        monkeypatch.setattr(optimizer_module, "_device_kernels", chosen)
-        field = tiny_field(backend=backend)
-        if backend == "triton":
-            field = _on_device(field)
-        in_place_gradients(field, field.octree.level.device)
-        optimizer = NodeAdam([*field.grids, *field.decoders, *field.proposals], lr=0.01, eps=1e-3)
-        positions, footprints = tiny_samples(field.octree, 80)
-        for _ in range(2):
-            optimizer.zero_grad()
-            (field.density_at(positions, footprints) + field.proposal_density(positions, footprints)).sum().backward()
-            optimizer.step()
-        results.append({name: value.detach().cpu() for name, value in field.named_parameters()})
-    start = dict(tiny_field().named_parameters())
-    for name, expected in results[0].items():
-        assert torch.allclose(results[1][name], expected, rtol=1e-4, atol=1e-5), name
-        assert name == "appearance.weight" or not torch.equal(expected, start[name]), name
-
-
-def test_a_gradient_follows_its_bank_to_another_device() -> None:
-    """A module that moves takes the gradient buffer with it, but not the flags: all are made anew."""
-    bank = adam_bank()
-    held = bank_gradient(bank)
-    held.rows = held.rows.to("meta")  # as if the bank and its gradient had left a device where the flags still are
-    anew = bank_gradient(bank)
-    assert anew is not held and bank_gradient(bank) is anew and bank.grad is anew.grad
-    assert {part.device for part in (anew.grad, anew.touched, anew.rows)} == {bank.device}
