@@ -143,6 +143,13 @@ def test_a_file_that_is_no_training_checkpoint_is_refused(tmp_path):
         checkpoints.read_checkpoint(tmp_path / "step-000000001.ckpt")
 
 
+def test_a_file_with_code_in_it_is_refused_and_the_object_named(tmp_path):
+    torch.save(state_of(1) | {"hook": os.system}, tmp_path / "step-000000001.ckpt")
+    with pytest.raises(InputError, match=r"objects that are not safe to load \(posix.system\)") as raised:
+        checkpoints.read_checkpoint(tmp_path / "step-000000001.ckpt")
+    assert "\n" not in str(raised.value) and "\x1b" not in str(raised.value)
+
+
 def test_random_sequences_continue_after_saving_and_loading(tmp_path):
     def draw() -> tuple:
         return torch.rand(3).tolist(), np.random.rand(3).tolist(), random.random(), random.gauss(0, 1)

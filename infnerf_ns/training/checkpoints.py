@@ -24,6 +24,8 @@ KEPT_CHECKPOINTS = 2
 """With ``save_only_latest_checkpoint`` the two newest stay: should the newest be damaged, the one before is used."""
 
 _NAME = re.compile(r"step-(\d+)\.ckpt")
+_FORBIDDEN = re.compile(r"GLOBAL ([\w.]+)")
+"""torch's name of the object that it refuses"""
 _REQUIRED_KEYS = ("step", "pipeline", "optimizers")
 
 
@@ -118,7 +120,11 @@ def read_checkpoint(path: Path) -> Optional[dict[str, Any]]:
                 return None
         state = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
-        raise InputError(f"{path} holds objects that are not safe to load: {str(error).splitlines()[0]}") from error
+        found = _FORBIDDEN.search(str(error))
+        raise InputError(
+            f"{path} holds objects that are not safe to load ({found[1] if found else 'pickled code'}): it was not"
+            " written by infnerf; name another checkpoint"
+        ) from error
     except (OSError, RuntimeError, EOFError, zipfile.BadZipFile):
         return None
     if not isinstance(state, dict) or any(key not in state for key in _REQUIRED_KEYS):
