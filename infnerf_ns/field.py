@@ -183,7 +183,6 @@ class OctreeField(nn.Module):
         positions: Float[Tensor, "M 3"],
         footprints: Float[Tensor, "M"] | None,
         max_level: int | None = None,
-        coarsen: Float[Tensor, "M"] | None = None,
     ) -> Routed:
         """Find the nodes of all samples and sort them by node.
 
@@ -191,13 +190,10 @@ class OctreeField(nn.Module):
             positions: world positions.
             footprints: radii in scene units; None asks for the finest nodes.
             max_level: a cut of the tree; levels that have not started are cut anyway.
-            coarsen: factors by which the footprints count as larger for the choice of the node (not for the node's
-            hash levels).
         """
         cap = int(self.active_level) if max_level is None else min(max_level, int(self.active_level))
         unit = self.octree.cube.to_unit(positions)
-        footprints_asked = footprints if coarsen is None else footprints * coarsen
-        path = self.octree.route(unit, footprints_asked, cap, self.config.backend)
+        path = self.octree.route(unit, footprints, cap, self.config.backend)
         node = path.max(dim=1).values
         order = torch.argsort(node)
         radii = None if footprints is None else footprints.index_select(0, order)

@@ -42,7 +42,6 @@ from infnerf_ns.sampler import (
     ORTHOGRAPHIC_FOOTPRINT,
     LoDSampler,
     SamplerConfig,
-    random_coarsening,
     sample_geometry,
     weight_quantiles,
 )
@@ -300,7 +299,7 @@ class InfNeRFModel(Model):
         positions, footprints = sample_geometry(ray_bundle, samples, jitter=jitter)
         positions = positions.reshape(-1, 3)
         footprints = None if footprints is None else footprints.reshape(-1)
-        routed, share = self._route(positions, footprints, per_ray)
+        routed, share = self._route(positions, footprints)
         density, geo = self.field.density(routed)
         sample_density = torch.zeros_like(positions[:, 0]).index_add(0, routed.order, share * density)
         weights = render_weights(sample_density.reshape(rays, per_ray), samples.edges)[..., None]
@@ -328,10 +327,10 @@ class InfNeRFModel(Model):
         return outputs
 
     def _route(
-        self, positions: Float[Tensor, "M 3"], footprints: Float[Tensor, "M"] | None, per_ray: int
+        self, positions: Float[Tensor, "M 3"], footprints: Float[Tensor, "M"] | None
     ) -> tuple[Routed, Float[Tensor, "M2"]]:
-        """The nodes that evaluate the samples, and their shares of them: in training one each, partly coarser than
-        asked; in evaluation two adjacent levels where they are blended."""
+        """The nodes that evaluate the samples, and their shares of them: in training one each, in evaluation two
+        adjacent levels where they are blended."""
         octree = self.field.octree
         if footprints is not None and self.config.blend_levels and not self.training:
             # Training draws the level of a sample from lod + u, u in -1/2..1/2; this blend is its expectation.
@@ -339,12 +338,7 @@ class InfNeRFModel(Model):
             share = octree.fraction(octree.level[routed.node], routed.footprints)
             # Detail fades by the footprint itself.
             return self.field.with_parents(routed._replace(footprints=footprints[routed.order]), share)
-        coarsen = None
-        if self.training and footprints is not None:
-            octaves = int(self.field.active_level)
-            coarsen = random_coarsening(len(positions) // per_ray, per_ray, self.config.sampler.coarse_share, octaves)
-            coarsen = None if coarsen is None else coarsen.to(positions.device)
-        return self.field.route(positions, footprints, coarsen=coarsen), torch.ones_like(positions[:, 0])
+        return self.field.route(positions, footprints), torch.ones_like(positions[:, 0])
 
     def _level_color(
         self, routed: Routed, share: Float[Tensor, "M2"], weights: Float[Tensor, "R S 1"]

@@ -49,9 +49,6 @@ class SamplerConfig:
     SfM points in its view."""
     far_factor: Annotated[float, Range(1.0, 1e6)] = 100.0
     """Far plane, in edge lengths of the root cube."""
-    coarse_share: Annotated[float, Range(0.0, 1.0)] = 0.3
-    """Share of the training rays that are routed to coarser nodes than their footprint asks for, so that coarse nodes
-    go on learning from the fine pixels when finer nodes have started."""
     footprint_jitter: bool = True
     """Training perturbs the footprint by 2**(u - 1/2), u uniform in 0..1, so that adjacent levels learn each other's
     samples."""
@@ -230,16 +227,6 @@ def sample_geometry(
     if jitter:
         radii = radii * 2 ** (torch.rand_like(radii) - 0.5)
     return positions, radii
-
-
-def random_coarsening(rays: int, per_ray: int, share: float, octaves: int) -> Float[Tensor, "M"] | None:
-    """Factors 2**k, one k in 1..octaves for each ray of a random share of the rays, 1 for the others; None if nothing
-    changes."""
-    if share == 0 or octaves == 0:
-        return None
-    factor = 2.0 ** torch.randint(1, octaves + 1, (rays,))
-    factor = torch.where(torch.rand(rays) < share, factor, torch.ones(()))
-    return factor.repeat_interleave(per_ray)
 
 
 def weight_quantiles(weights: Float[Tensor, "R S"], count: int) -> Int[Tensor, "R count"]:

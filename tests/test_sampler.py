@@ -17,7 +17,6 @@ from infnerf_ns.sampler import (
     Intervals,
     LoDSampler,
     SamplerConfig,
-    random_coarsening,
     sample_geometry,
     weight_quantiles,
 )
@@ -229,18 +228,6 @@ def test_jitter_stays_within_half_a_level() -> None:
     assert -0.5 - 1e-5 < shift.min() < -0.45 and 0.45 < shift.max() < 0.5 + 1e-5
     assert abs(shift.mean().item()) < 0.03
     assert len(shift.unique()) > 1000, "each sample has its own"
-
-
-def test_a_share_of_the_rays_is_routed_coarser() -> None:
-    rays, per_ray, share = 4000, 5, 0.3
-    factors = random_coarsening(rays, per_ray, share, octaves=2).reshape(rays, per_ray)
-    assert bool((factors == factors[:, :1]).all()), "all samples of a ray alike"
-    assert set(factors[:, 0].tolist()) == {1.0, 2.0, 4.0}
-    coarser = factors[:, 0][factors[:, 0] > 1]
-    assert len(coarser) / rays == pytest.approx(share, abs=0.03)
-    assert (coarser == 2).float().mean().item() == pytest.approx(0.5, abs=0.06), "every octave alike"
-    assert random_coarsening(rays, per_ray, 0.0, octaves=2) is None
-    assert random_coarsening(rays, per_ray, share, octaves=0) is None
 
 
 def test_weight_quantiles_stand_for_the_weighted_mean() -> None:
