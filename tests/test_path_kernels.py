@@ -44,6 +44,27 @@ def test_path_features_are_those_of_all_nodes_on_the_path(threads: int, features
         assert_close(fast_bank.grad, bank.grad, f"gradient of level {level}")
 
 
+def test_values_are_the_same_where_no_backward_pass_follows() -> None:
+    """Then the weights by the footprints are not kept: in evaluation, and where all banks are frozen."""
+    tree, layouts, sum_layouts = path_tree(), path_layouts(2), path_layouts(1)
+    paths, starts, footprints = path_samples(tree, 300)
+    width = sum(layout.num_outputs for layout in layouts)
+    banks, sum_banks = path_banks(tree, layouts), path_banks(tree, sum_layouts)
+
+    def values(banks: list, sum_banks: list) -> tuple:
+        return (
+            path_features(paths, starts, footprints, path_cells(layouts), banks, layouts, width),
+            path_sum(paths, footprints, path_cells(sum_layouts), sum_banks, sum_layouts),
+        )
+
+    trained = values(banks, sum_banks)
+    frozen = values([bank.detach() for bank in banks], [bank.detach() for bank in sum_banks])
+    with torch.no_grad():
+        evaluated = values(banks, sum_banks)
+    for kept, *others in zip(trained, frozen, evaluated):
+        assert kept.requires_grad and all(torch.equal(kept, other) for other in others)
+
+
 @pytest.mark.parametrize("weighted", [True, False])
 @every_threads
 def test_path_sum_is_the_sum_over_all_nodes_on_the_path(threads: int, weighted: bool) -> None:
