@@ -12,8 +12,9 @@ of Parameters is fixed by ``max_level``; a tree of other size replaces the tenso
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Annotated, Literal, NamedTuple
+from typing import Annotated, Literal, NamedTuple, Protocol
 
 import numpy as np
 import torch
@@ -97,6 +98,24 @@ class Routed(NamedTuple):
     """radii in scene units"""
 
 
+class StreamedNodes(Protocol):
+    """Where a field's nodes come from if they are not all in memory (:class:`infnerf_ns.streaming.node_cache.NodeCache`
+    explains it)."""
+
+    octree: Octree
+    """the whole tree"""
+    slot_tree: Octree
+    """a node per level and slot of the pool"""
+    pool: dict[str, Tensor]
+    """[slots, page] by kind: the banks of all levels below the root"""
+    on_pool_change: Callable[[], None] | None
+
+    def walk(
+        self, unit: Float[Tensor, "M 3"], footprints: Float[Tensor, "M"] | None, max_level: int, backend: Backend
+    ) -> Int[Tensor, "M K"]:
+        """:meth:`Octree.route` in the slot tree."""
+
+
 def _uniform(*shape: int, bound: float) -> Tensor:
     return torch.empty(*shape).uniform_(-bound, bound)
 
@@ -126,16 +145,57 @@ class OctreeField(nn.Module):
         for name, value in _tree_buffers(octree).items():
             self.register_buffer(name, value)
         self.register_buffer("active_level", torch.tensor(0))
+        self.register_buffer("node_samples", torch.zeros(0, dtype=torch.long))
+        self.cache: StreamedNodes | None = None
+        self.level_cap: int | None = None
+        """no sample goes deeper (the viewer's choice)"""
         self.set_octree(octree)
         self.reset_parameters()
 
     # -- the tree
+
+    @property
+    def whole_tree(self) -> Octree:
+        """The tree, whatever of it is in memory."""
+        return self.octree if self.cache is None else self.cache.octree
+
+    def stream(self, cache: StreamedNodes) -> None:
+        """From now on nodes below the root come from a cache: its pool is the bank of every level, and
+        :attr:`octree` its tree of slots. Nothing can be trained then."""
+        self.cache = cache
+        for name, value in _tree_buffers(cache.octree).items():
+            setattr(self, name, value)
+        self.node_samples = torch.zeros_like(cache.octree.level)
+        cache.on_pool_change = self._bind_pool
+        self._bind_pool()
+
+    def _bind_pool(self) -> None:
+        assert self.cache is not None
+        self.octree = self.cache.slot_tree
+        for level, shapes in enumerate(self.pages.bank_shapes(self.cache.octree)):
+            for kind, shape in shapes.items():
+                bank = getattr(self, kind)[level].requires_grad_(False)
+                if 0 < level <= self.octree.depth and kind in self.cache.pool:
+                    bank.data = self.cache.pool[kind]
+                elif bank.shape != shape:  # the root's page, and decoders that nodes share
+                    bank.data = torch.empty(shape, device=self.cache.slot_tree.level.device)
+
+    def _walk(
+        self, unit: Float[Tensor, "M 3"], footprints: Float[Tensor, "M"] | None, max_level: int | None
+    ) -> Int[Tensor, "M K"]:
+        """Paths of samples in :attr:`octree`, down to levels that have started."""
+        caps = (int(self.active_level), max_level, self.level_cap)
+        cap = min(each for each in caps if each is not None)
+        if self.cache is not None:
+            return self.cache.walk(unit, footprints, cap, self.config.backend)
+        return self.octree.route(unit, footprints, cap, self.config.backend)
 
     def set_octree(self, octree: Octree) -> None:
         """Make the banks fit a tree, with uninitialised pages: the tensors inside the Parameters are replaced."""
         self.octree = octree
         for name, value in _tree_buffers(octree).items():
             setattr(self, name, value)
+        self.node_samples = torch.zeros(octree.num_nodes, dtype=torch.long, device=octree.level.device)
         for level, shapes in enumerate(self.pages.bank_shapes(octree)):
             for kind, shape in shapes.items():
                 bank = getattr(self, kind)[level]
@@ -176,6 +236,11 @@ class OctreeField(nn.Module):
                     bank[:, used : self.density_widths[0] * hidden] = fresh[:, used : self.density_widths[0] * hidden]
             self.active_level.fill_(new)
 
+    @torch.no_grad()
+    def count_samples(self, routed: Routed) -> None:
+        """Adds training samples to :attr:`node_samples`, the number that each node has evaluated."""
+        self.node_samples += torch.bincount(routed.node, minlength=len(self.node_samples))
+
     # -- evaluation
 
     def route(
@@ -191,9 +256,8 @@ class OctreeField(nn.Module):
             footprints: radii in scene units; None asks for the finest nodes.
             max_level: a cut of the tree; levels that have not started are cut anyway.
         """
-        cap = int(self.active_level) if max_level is None else min(max_level, int(self.active_level))
         unit = self.octree.cube.to_unit(positions)
-        path = self.octree.route(unit, footprints, cap, self.config.backend)
+        path = self._walk(unit, footprints, max_level)
         node = path.max(dim=1).values
         order = torch.argsort(node)
         radii = None if footprints is None else footprints.index_select(0, order)
@@ -371,7 +435,7 @@ class OctreeField(nn.Module):
         """
         octree = self.octree
         unit = octree.cube.to_unit(positions)
-        path = octree.route(unit, footprints, int(self.active_level), self.config.backend)
+        path = self._walk(unit, footprints, None)
         banks, layouts = _first(self.proposals, path.shape[1]), self.proposal_layouts[: path.shape[1]]
         cells = self._cells(layouts, self.config.proposal_downweight)
         weighted = self.config.proposal_downweight and footprints is not None

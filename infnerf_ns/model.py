@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import torch
@@ -37,14 +38,20 @@ from infnerf_ns.losses import ray as ray_losses
 from infnerf_ns.losses import reconstruction
 from infnerf_ns.losses import tree as tree_losses
 from infnerf_ns.near_plane import NearPlanes
+from infnerf_ns.octree import Octree
 from infnerf_ns.pages import PageLayout
 from infnerf_ns.sampler import (
     ORTHOGRAPHIC_FOOTPRINT,
     LoDSampler,
     SamplerConfig,
     sample_geometry,
+    scaled_footprints,
     weight_quantiles,
 )
+from infnerf_ns.streaming.node_cache import NodeCache, budget_bytes
+from infnerf_ns.streaming.packing import CHECKSUMS
+from infnerf_ns.streaming.page_files import PageFiles
+from infnerf_ns.streaming.views import StreamedViews
 from infnerf_ns.tree_building import SOURCES, OctreeConfig, build_tree, log_tree, require_memory
 from infnerf_ns.validation import Range
 
@@ -78,6 +85,18 @@ class LossConfig:
 
 
 @dataclass
+class StreamingConfig:
+    """How a packed run (infnerf-pack) is loaded; of no effect in training."""
+
+    budget_mib: Annotated[int, Range(1)] = 1024
+    """Memory for nodes. Views that need more are drawn coarser. INFNERF_BUDGET_MIB in the environment goes before."""
+    prefetch: bool = True
+    """Load what the next camera of a path will need, if it moves on as it does."""
+    pages: Path | None = None
+    """Folder of the pages; set when the checkpoint is looked up."""
+
+
+@dataclass
 class InfNeRFModelConfig(ModelConfig):
     """InfNeRF: an octree of NeRFs."""
 
@@ -94,6 +113,8 @@ class InfNeRFModelConfig(ModelConfig):
     """The samples along rays."""
     losses: LossConfig = dataclasses.field(default_factory=LossConfig)
     """The losses."""
+    streaming: StreamingConfig = dataclasses.field(default_factory=StreamingConfig)
+    """The nodes of a packed run."""
     camera_optimizer: CameraOptimizerConfig = dataclasses.field(
         default_factory=lambda: CameraOptimizerConfig(mode="off")
     )
@@ -164,6 +185,10 @@ class InfNeRFModel(Model):
         self.renderer_normals = NormalsRenderer()
         self.normals_shader = NormalsShader()
         self.step = 0
+        self.views: StreamedViews | None = None
+        """what a packed model does before and after an image"""
+        self.footprint_scale = 1.0
+        """rendered images see footprints this much larger (the viewer's level-of-detail bias)"""
 
     # -- parameters
 
@@ -185,6 +210,9 @@ class InfNeRFModel(Model):
                 "the checkpoint holds no octree: it was not written by infnerf; check --load-dir or --load-config"
             )
         octree = octree_from_state(state_dict, "field.").to(self.device)
+        state_dict.setdefault("field.node_samples", torch.zeros(octree.num_nodes, dtype=torch.long))
+        if CHECKSUMS in state_dict:
+            return self._load_packed(octree, state_dict)
         missing = {f"field.{name}" for name, _ in self.field.named_parameters()} ^ {
             name
             for name in state_dict
@@ -201,19 +229,46 @@ class InfNeRFModel(Model):
         if grown > held:
             require_memory([grown - held], self.device)
         self.field.set_octree(octree)
+        self._require_shapes(state_dict)
+        return super().load_state_dict(state_dict, strict=strict)
+
+    def _require_shapes(self, state_dict: dict[str, Any]) -> None:
         if self.near_planes is not None:
             self.near_planes.fit(len(state_dict["near_planes.points"]))
         for name, value in self.field.named_parameters():
-            saved = state_dict[f"field.{name}"]
+            saved = state_dict.get(f"field.{name}", value)  # a packed one lacks what is in its pages
             if saved.shape != value.shape:
                 raise InputError(
                     f"the checkpoint's field.{name} is {tuple(saved.shape)}, but the configuration asks for"
                     f" {tuple(value.shape)}: use the same --pipeline.model.field options and photos as the checkpoint"
                 )
-        return super().load_state_dict(state_dict, strict=strict)
+
+    def _load_packed(self, octree: Octree, state_dict: dict[str, Any]) -> Any:
+        """Loads what is always in memory; nodes below the root come when they are needed."""
+        streaming, layout = self.config.streaming, self.field.pages
+        if streaming.pages is None or not streaming.pages.is_dir():
+            raise InputError(f"the checkpoint is packed, but its folder of pages, {streaming.pages}, is not there")
+        paged = {f"field.{kind}.{level}" for level in range(1, octree.depth + 1) for kind in layout.node_page(level)}
+        files = PageFiles(streaming.pages, octree, layout, state_dict.pop(CHECKSUMS))
+        of_nodes = 4 * sum(sum(layout.node_page(int(level)).values()) for level in octree.level[1:])
+        always = sum(layout.memory_bytes(octree, training=False)) - of_nodes
+        cache = NodeCache(octree, files, always, budget_bytes(streaming.budget_mib), self.device)
+        self.field.stream(cache)
+        self._require_shapes(state_dict)
+        result = super().load_state_dict(state_dict, strict=False)
+        lost = sorted(set(result.missing_keys) - paged)
+        if lost or result.unexpected_keys:
+            raise InputError(
+                f"the packed checkpoint does not fit the configuration ({(lost + result.unexpected_keys)[0]} is in one"
+                " of them only): use the config.yml that was written beside it"
+            )
+        self.views = StreamedViews(cache, math.sqrt(2) if self.config.blend_levels else 1.0)
+        return result
 
     def to(self, *args: Any, **kwargs: Any) -> InfNeRFModel:
         """Moves the model; the tree's index tensors move with it."""
+        if self.views is not None and torch._C._nn._parse_to(*args, **kwargs)[0] not in (None, self.device):
+            raise InputError("a packed model stays on the device on which it was loaded")
         super().to(*args, **kwargs)
         self.field.octree = self.field.octree.to(self.field.tree_level.device)
         return self
@@ -256,12 +311,25 @@ class InfNeRFModel(Model):
         rays = camera_ray_bundle
         if rays.nears is None and self.near_planes is not None and not bool((rays.pixel_area == 1).any()):
             rays.nears = torch.full_like(rays.pixel_area, self.near_planes.of_image(rays.origins, rays.directions))
-        return super().get_outputs_for_camera_ray_bundle(rays)
+        rays = scaled_footprints(rays, self.footprint_scale)
+        if self.views is None:
+            return super().get_outputs_for_camera_ray_bundle(rays)
+        with self.views.image(rays) as fitting:
+            return super().get_outputs_for_camera_ray_bundle(fitting)
 
+    @torch.no_grad()
     def get_outputs_for_camera(self, camera: Cameras, obb_box: OrientedBox | None = None) -> dict[str, Tensor]:
-        """Renders a camera."""
-        with torch.no_grad():
-            return self.get_outputs_for_camera_ray_bundle(self.camera_rays(camera, obb_box))
+        """Renders a camera; of a packed model, what the next camera needs is loaded behind it."""
+        outputs = self.get_outputs_for_camera_ray_bundle(self.camera_rays(camera, obb_box))
+        if self.views is not None and self.config.streaming.prefetch:
+            self.views.expect_next(camera, self.camera_rays)
+        return outputs
+
+    def forward(self, ray_bundle: RayBundle) -> dict[str, Tensor]:
+        """Renders rays; those of a packed model region by region, where they do not come from one place."""
+        if self.training or self.views is None:
+            return super().forward(ray_bundle)
+        return self.views.by_region(ray_bundle, super().forward)
 
     def get_rgba_image(self, outputs: dict[str, Tensor], output_name: str = "rgb") -> Float[Tensor, "*bs 4"]:
         """Colour with the accumulation as alpha, so that exported point clouds and meshes leave the background out."""
@@ -318,6 +386,7 @@ class InfNeRFModel(Model):
         with torch.no_grad():
             outputs["depth"] = self.renderer_depth(weights=weights, ray_samples=samples)
         if self.training:
+            self.field.count_samples(routed)
             outputs["weights_list"] = [*weights_list, weights]
             outputs["ray_samples_list"] = [*samples_list, samples]
         else:

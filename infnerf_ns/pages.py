@@ -47,6 +47,11 @@ class PageLayout:
             )
         return shapes
 
+    def node_page(self, level: int) -> dict[str, int]:
+        """Floats that a node of a level owns, by kind; decoders only where every node has its own."""
+        sizes = {"grids": self.grids[level].page_size, "proposals": self.proposals[level].page_size}
+        return {**sizes, "decoders": self._decoder_page} if self._sharing == "node" else sizes
+
     def memory_bytes(self, octree: Octree, training: bool = True) -> list[int]:
         """Bytes per level of the parameters; in training also of the gradient and the two moments."""
         copies = 4 if training else 1

@@ -106,8 +106,12 @@ def write_checkpoint(state: dict[str, Any], path: Path, keep: Optional[int]) -> 
     return None
 
 
-def read_checkpoint(path: Path) -> Optional[dict[str, Any]]:
+def read_checkpoint(path: Path, mapped: bool = False) -> Optional[dict[str, Any]]:
     """Load a checkpoint on the CPU; None if it is damaged. All checksums are compared, which `torch.load` does not do.
+
+    Args:
+        path: the file.
+        mapped: its tensors stay in the file, and memory is only used for what is looked at.
 
     Raises:
         InputError: the file is whole but is not a checkpoint of a nerfstudio run.
@@ -118,7 +122,7 @@ def read_checkpoint(path: Path) -> Optional[dict[str, Any]]:
         with zipfile.ZipFile(path) as archive:
             if archive.testzip() is not None:
                 return None
-        state = torch.load(path, map_location="cpu", weights_only=True)
+        state = torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
     except pickle.UnpicklingError as error:
         found = _FORBIDDEN.search(str(error))
         raise InputError(

@@ -19,6 +19,8 @@ from torch.amp import GradScaler
 from torch.optim.lr_scheduler import LambdaLR
 
 from infnerf_ns.errors import InputError
+from infnerf_ns.streaming.packing import CHECKSUMS
+from infnerf_ns.streaming.page_files import PAGES
 from infnerf_ns.training import checkpoints
 from infnerf_ns.training.level_groups import expand_optimizers, level_group, optimizer_problems
 from infnerf_ns.training.stability import StabilityConfig, StepGuard, gradients_finite, values_finite
@@ -45,7 +47,8 @@ class InfNeRFTrainerConfig(TrainerConfig):
     """What happens when the loss or a gradient is NaN or infinite."""
 
     def get_checkpoint_dir(self) -> Path:
-        """The checkpoint folder; also points ``load_step`` at the newest whole file in it, where there is one.
+        """The checkpoint folder; also points ``load_step`` at the newest whole file in it, where there is one, and the
+        model at the folder of its pages, should the run be packed.
 
         ns-eval, ns-render, ns-export and ns-viewer call this right before they load. Left to themselves they take the
         file with the highest step even if it is truncated. Nothing is written or moved, so a read-only run works too.
@@ -54,6 +57,9 @@ class InfNeRFTrainerConfig(TrainerConfig):
         whole = checkpoints.whole_checkpoints(folder)
         if whole and (self.load_step is None or checkpoints.checkpoint_path(folder, self.load_step) not in whole):
             self.load_step = checkpoints.checkpoint_step(whole[0])
+        streaming = getattr(self.pipeline.model, "streaming", None)
+        if streaming is not None:
+            streaming.pages = self.get_base_dir() / PAGES
         return folder
 
     def check(self) -> list[str]:
@@ -292,6 +298,8 @@ class InfNeRFTrainer(Trainer):
     def _load_state(self, state: dict[str, Any], path: Path) -> None:
         """Parameters, optimizers, schedulers and grad scaler from a checkpoint that fits this run."""
         names = {key.removeprefix("module."): value for key, value in state["pipeline"].items()}
+        if f"_model.{CHECKSUMS}" in names:
+            raise InputError(f"{path} is packed, for rendering only: train on from the run that it was packed from")
         checkpoints.check_fits(names, self.pipeline.state_dict(), "parameters", path)
         checkpoints.check_fits(state["optimizers"], self.optimizers.optimizers, "parameter groups", path)
         try:

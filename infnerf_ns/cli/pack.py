@@ -1,0 +1,172 @@
+"""``infnerf-pack``: turns a trained run into a packed one, a small checkpoint and a page file per node below the root.
+
+The packed run is a folder beside the run, with a config.yml of its own, so every ns-* command takes it as it takes any
+run, and its octree can be larger than memory. It is written under another name and renamed when it is complete; the
+run itself is only read.
+"""
+
+from __future__ import annotations
+
+import os
+import shlex
+import shutil
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any
+
+import tyro
+import yaml
+from rich.progress import track
+
+from infnerf_ns.cli.runs import load_run_config
+from infnerf_ns.errors import InputError
+from infnerf_ns.field import octree_from_state
+from infnerf_ns.octree import Octree
+from infnerf_ns.pages import PageLayout
+from infnerf_ns.streaming.packing import CHECKSUMS, Track, small_state, write_pages
+from infnerf_ns.streaming.page_files import PAGES
+from infnerf_ns.torch_compat import allow_numpy_scalars
+from infnerf_ns.training import checkpoints
+
+_MODEL = "_model."
+_SUFFIX = "-packed"
+
+
+@dataclass
+class Pack:
+    """Makes a packed run beside a trained one: its nodes are loaded when a view needs them, within a memory budget."""
+
+    run: Annotated[Path, tyro.conf.Positional]
+    """Folder of the run, or its config.yml."""
+    half: bool = False
+    """Pages in half precision: half the size on disk, the same in memory."""
+    overwrite: bool = False
+    """Replace an older packed run."""
+
+    def main(self) -> None:
+        """Packs and says what to do with the result."""
+
+        def bar(nodes: Iterable[int]) -> Iterable[int]:
+            return track(nodes, "Writing pages", transient=True)
+
+        packed = pack_run(self.run, half=self.half, overwrite=self.overwrite, progress=bar)
+        rounded = f", rounded by at most {packed.rounding:.1e} of a page's norm" if self.half else ""
+        print(
+            f"infnerf: packed {packed.octree.num_nodes} nodes: {packed.page_bytes / 2**20:.1f} MiB of pages{rounded}"
+            f" and a checkpoint of {packed.checkpoint_bytes / 2**20:.1f} MiB, in {packed.folder}"
+        )
+        print(f"  ns-viewer --load-config {shlex.quote(str(packed.folder / 'config.yml'))}")
+
+
+@dataclass
+class Packed:
+    """What packing has made."""
+
+    folder: Path
+    octree: Octree
+    page_bytes: int
+    """of all files"""
+    checkpoint_bytes: int
+    rounding: float
+    """largest relative rounding error of a page (norm of the error over norm of the page); 0 for float32"""
+
+
+def pack_run(run: Path, *, half: bool, overwrite: bool, progress: Track) -> Packed:
+    """Packs the newest whole checkpoint of a run.
+
+    Args:
+        run: folder or config.yml.
+        half: pages as float16.
+        overwrite: an older packed run of the same name goes.
+        progress: shows the progress over the nodes.
+
+    Raises:
+        InputError: the run cannot be packed, or the result cannot be written; the run is as it was.
+    """
+    config, folder = load_run_config(run)
+    target = folder.with_name(folder.name + _SUFFIX)
+    if target.exists() and not overwrite:
+        raise InputError(f"{target} is there already: look at it with ns-viewer, or give --overwrite")
+    state, path = _newest_state(folder / config.relative_model_dir)
+    model = {name.removeprefix(_MODEL): value for name, value in state["pipeline"].items() if name.startswith(_MODEL)}
+    if CHECKSUMS in model:
+        raise InputError(f"{path} is packed already; pack the run that it was made from")
+    octree = octree_from_state(model, "field.")
+    layout = PageLayout(config.pipeline.model.field, octree.node_resolution, config.pipeline.model.octree.max_level)
+    work = folder.with_name(f".{target.name}.unfinished")
+    try:
+        _require_space(folder.parent, layout, octree, half)
+        shutil.rmtree(work, ignore_errors=True)  # of a packing that was killed
+        work.mkdir()
+        checksums, rounding = write_pages(model, octree, layout, work / PAGES, half, progress)
+        small = small_state(model, octree, layout, checksums)
+        checkpoint = checkpoints.checkpoint_path(work / config.relative_model_dir, state["step"])
+        failure = checkpoints.write_checkpoint(
+            {
+                "step": state["step"],
+                "pipeline": {
+                    **{name: value for name, value in state["pipeline"].items() if not name.startswith(_MODEL)},
+                    **{_MODEL + name: value for name, value in small.items()},
+                },
+                "optimizers": {},
+            },
+            checkpoint,
+            keep=None,
+        )
+        if failure is not None:
+            raise OSError(failure)
+        config.timestamp += _SUFFIX
+        (work / "config.yml").write_text(yaml.dump(config), encoding="utf-8")
+        transforms = folder / "dataparser_transforms.json"
+        if transforms.exists():
+            shutil.copy(transforms, work)
+        sizes = sum(file.stat().st_size for file in (work / PAGES).rglob("*.safetensors")), checkpoint.stat().st_size
+        _put_in_place(work, target)
+    except OSError as error:
+        raise InputError(
+            f"{target} cannot be written ({error.strerror or error}): free disk space, or allow writing there; the run"
+            " is as it was"
+        ) from error
+    finally:
+        shutil.rmtree(work, ignore_errors=True)
+    return Packed(target, octree, *sizes, rounding)
+
+
+def _newest_state(folder: Path) -> tuple[dict[str, Any], Path]:
+    for path in checkpoints.whole_checkpoints(folder):
+        state = checkpoints.read_checkpoint(path, mapped=True)
+        if state is not None:
+            return state, path
+    raise InputError(f"{folder}: there is no whole checkpoint (step-*.ckpt) to pack")
+
+
+def _require_space(folder: Path, layout: PageLayout, octree: Octree, half: bool) -> None:
+    pages = sum(layout.memory_bytes(octree, training=False)[1:]) // (2 if half else 1)
+    needed, free = 1.01 * pages + (64 << 20), shutil.disk_usage(folder).free
+    if needed > free:
+        raise InputError(
+            f"the packed run needs {needed / 2**30:.2f} GiB, but {folder} has {free / 2**30:.2f} GiB free: make room,"
+            " or give --half; the run is as it was"
+        )
+
+
+def _put_in_place(work: Path, target: Path) -> None:
+    """Renames the finished folder; an older one goes only when the new one is there."""
+    older = work.with_name(f".{target.name}.older")
+    shutil.rmtree(older, ignore_errors=True)
+    if target.exists():
+        os.replace(target, older)
+    try:
+        os.replace(work, target)
+    except OSError:
+        if older.exists():
+            os.replace(older, target)
+        raise
+    shutil.rmtree(older, ignore_errors=True)
+
+
+def entrypoint() -> None:
+    """The console script."""
+    allow_numpy_scalars()
+    tyro.cli(Pack).main()

@@ -1,0 +1,409 @@
+"""The nodes of a packed run that are in memory: a byte budget, least recently used out first, and a loader thread.
+
+Memory is one pool of slots per kind of tensor, each slot a page; the banks of all levels below the root are that same
+pool. The kernels see a *slot tree*: at every level one node per slot. :meth:`NodeCache.walk` finds the path of each
+sample in the whole tree, has the nodes on it loaded, and answers with the path in the slot tree; a node that is not
+there (not yet, damaged, or no room) is left out, and with it all below it: the parent answers, as for a missing child.
+
+All reading and all changes of slots happen in one loader thread, so a render thread may be interrupted anywhere, as
+nerfstudio's viewer does it. Own code: what is kept depends on the tree (a child without its parent is of no use), and
+the kernels want the pages side by side.
+"""
+
+from __future__ import annotations
+
+import itertools
+import os
+import threading
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+from infnerf_ns.errors import InputError
+from infnerf_ns.kernels import Backend
+from infnerf_ns.octree import Octree
+from infnerf_ns.streaming.page_files import PageError, PageFiles, to_float
+from infnerf_ns.streaming.selection import fitting_scale
+from infnerf_ns.validation import warn
+
+BUDGET_VARIABLE = "INFNERF_BUDGET_MIB"
+"""Environment variable: memory for the nodes of a packed run."""
+
+
+@dataclass
+class CacheCounters:
+    """What the cache has done since it was made. Nodes count once per walk, whatever the number of samples."""
+
+    hits: int = 0
+    """nodes that were there when a walk asked for them"""
+    misses: int = 0
+    """nodes that were not"""
+    prefetched: int = 0
+    """pages read before a walk asked for them"""
+    bytes_read: int = 0
+    """of pages, as they are in the files"""
+    pages_read: int = 0
+    evictions: int = 0
+    damaged: int = 0
+    """pages that are missing or damaged"""
+    peak_bytes: int = 0
+    """most bytes resident at any time, the root's included"""
+
+
+class NodeCache:
+    """Node pages in memory.
+
+    Args:
+        octree: the whole tree.
+        files: its pages.
+        root_bytes: memory of what is always resident: the root's page and shared decoders.
+        budget_bytes: for the root and all resident pages together.
+        device: of the pool.
+    """
+
+    def __init__(
+        self, octree: Octree, files: PageFiles, root_bytes: int, budget_bytes: int, device: torch.device | str
+    ) -> None:
+        self.octree, self.files, self.root_bytes = octree.to(device), files, root_bytes
+        self.device = torch.device(device)
+        self.counters = CacheCounters(peak_bytes=root_bytes)
+        self.waits = True
+        """whether a walk waits for the pages that it needs; else the loader fetches them for a later one"""
+        self.on_arrival: Callable[[], None] | None = None
+        """called by the loader when pages that nobody waited for have come"""
+        self.on_pool_change: Callable[[], None] | None = None
+        """called when :attr:`pool` and :attr:`slot_tree` are others"""
+        self._sizes = files.sizes(octree.num_nodes - 1) if octree.num_nodes > 1 else {}
+        self._lock = threading.Lock()
+        self._loader = ThreadPoolExecutor(1, "infnerf-pages")
+        self._clock = itertools.count(1)
+        self._frames: dict[int, int] = {}
+        self._waiting: set[int] = set()
+        self._wanted: set[int] = set()
+        self._told = False
+        count = octree.num_nodes
+        self._parent, self._level = octree.parent.cpu(), octree.level.cpu()
+        self._slot = torch.full((count,), -1)
+        self._used = torch.zeros(count, dtype=torch.long)
+        self._damaged = torch.zeros(count, dtype=torch.bool)
+        self._frozen: Bool[Tensor, "N"] | None = None
+        self.budget_bytes, self._next_budget = budget_bytes, budget_bytes
+        self._allocate()
+
+    # -- memory
+
+    @property
+    def page_bytes(self) -> int:
+        """Memory of one page."""
+        return 4 * sum(self._sizes.values())
+
+    @property
+    def capacity(self) -> int:
+        """Pages that fit into the budget."""
+        return len(self._node_of_slot)
+
+    @property
+    def resident(self) -> Bool[Tensor, "N"]:
+        """Which nodes are in memory, the root always."""
+        there = self._slot >= 0
+        there[0] = True
+        return there
+
+    @property
+    def resident_bytes(self) -> int:
+        """Bytes of the root and of all pages in memory."""
+        return self.root_bytes + self.page_bytes * int((self._slot >= 0).sum())
+
+    @property
+    def model_bytes(self) -> int:
+        """Bytes of all nodes."""
+        return self.root_bytes + self.page_bytes * (self.octree.num_nodes - 1)
+
+    def set_budget(self, budget_bytes: int) -> None:
+        """Another budget, from the next frame on that is alone; what was used last stays."""
+        self._next_budget = budget_bytes
+
+    def freeze(self, nodes: Bool[Tensor, "N"] | None) -> None:
+        """Shows these nodes and no others, whatever is asked for, until called with None."""
+
+        def change() -> None:
+            self._frozen = nodes
+            self._publish()
+
+        self._ask(change)
+
+    def _resize(self) -> None:
+        old, node_of_slot = self.pool, self._node_of_slot
+        slots = {node: slot for slot, node in enumerate(node_of_slot) if node >= 0}
+        latest = sorted(slots, key=lambda node: (-int(self._used[node]), node))
+        self.budget_bytes = self._next_budget
+        self._slot.fill_(-1)
+        self._allocate()
+        for slot, node in enumerate(latest[: self.capacity]):
+            for kind, pool in self.pool.items():
+                pool[slot].copy_(old[kind][slots[node]])
+            self._place(node, slot)
+        self._publish()
+        if self.on_pool_change is not None:
+            self.on_pool_change()
+
+    def _allocate(self) -> None:
+        """An empty pool of as many slots as fit."""
+        fitting = (self.budget_bytes - self.root_bytes) // max(self.page_bytes, 1)
+        self._node_of_slot = [-1] * int(np.clip(fitting, 0, self.octree.num_nodes - 1))
+        # At least one slot, so that there is a bank to hand to the kernels; nothing is ever put into a spare one.
+        self._stride = max(self.capacity, 1)
+        self.pool = {kind: _lazy_zeros(self._stride, size, self.device) for kind, size in self._sizes.items()}
+        depth = self.octree.depth
+        level = torch.cat([torch.zeros(1), torch.arange(1, depth + 1).repeat_interleave(self._stride)]).long()
+        self.slot_tree = Octree(
+            self.octree.cube,
+            level,
+            torch.zeros(len(level), 3, dtype=torch.long),
+            torch.full_like(level, -1),
+            node_resolution=self.octree.node_resolution,
+            gsd_sharpness=self.octree.gsd_sharpness,
+        ).to(self.device)
+        self._publish()
+
+    # -- looking things up
+
+    @contextmanager
+    def frame(self) -> Iterator[int]:
+        """While it lasts, nothing that its walks have used is given up for what others want; gives its start on the
+        clock of :meth:`used_since`."""
+        thread = threading.get_ident()
+        if thread in self._frames:  # a part of one
+            yield self._frames[thread]
+            return
+        self._ask(self._begin_frame, thread)
+        try:
+            yield self._frames[thread]
+        finally:
+            self._frames.pop(thread, None)
+
+    def _begin_frame(self, thread: int) -> None:
+        alive = {each.ident for each in threading.enumerate()}
+        for gone in set(self._frames) - alive:
+            self._frames.pop(gone, None)
+        if self._next_budget != self.budget_bytes and not self._frames:
+            self._resize()
+        self._frames[thread] = next(self._clock)
+
+    def used_since(self, start: int) -> Bool[Tensor, "N"]:
+        """Which nodes walks have asked for since then, and were given; the root always."""
+        used = (self._used >= start) & (self._slot >= 0)
+        used[0] = True
+        return used
+
+    def walk(
+        self, unit: Float[Tensor, "M 3"], footprints: Float[Tensor, "M"] | None, max_level: int, backend: Backend
+    ) -> Int[Tensor, "M K"]:
+        """:meth:`Octree.route` in the slot tree, after the nodes on the way have been loaded, as far as they can be."""
+        path = self.octree.route(unit, footprints, max_level, backend)
+        needed = self._on_paths(path)
+        now = next(self._clock)
+        with self._lock:
+            there = self._slot[needed] >= 0
+            self._used[needed] = now
+            self.counters.hits += int(there.sum())
+            self.counters.misses += int((~there).sum())
+        missing = needed[~there & ~self._damaged[needed]].tolist()
+        if missing and self._frozen is None:
+            if self.waits:
+                self._ask(self._load, missing, now)
+            else:
+                self._want(missing)
+        # -1 (below the sample's own node) finds the last entry, which is -1.
+        return torch.take(self._number, path)
+
+    def _on_paths(self, path: Int[Tensor, "M K"]) -> Int[Tensor, "n"]:
+        """The nodes on the paths without the root, parents first."""
+        on = torch.zeros(self.octree.num_nodes, dtype=torch.bool, device=path.device)
+        on[path.amax(dim=1)] = True  # nodes are sorted by level, so the deepest of a path has the highest number
+        on = on.cpu()
+        edges = self.octree.first_of_level.tolist()
+        for level in range(path.shape[1] - 1, 1, -1):
+            nodes = slice(edges[level], edges[level + 1])
+            on[self._parent[nodes][on[nodes]]] = True
+        on[0] = False
+        return torch.nonzero(on)[:, 0]
+
+    def coarsening(self, touched: Float[Tensor, "N"]) -> float:
+        """The footprint scale at which a view's nodes (:func:`.selection.touched_up_to`) fit into the budget; the first
+        time that this is above 1 it is said."""
+        scale = fitting_scale(touched, self.capacity)
+        if scale > 1:
+            self._say_short(f"views are drawn coarser, this one with footprints {scale:.3g} times as large")
+        return scale
+
+    def _say_short(self, consequence: str) -> None:
+        if not self._told:
+            self._told = True
+            warn(
+                f"the memory budget of {self.budget_bytes / 2**20:.0f} MiB holds the root and {self.capacity} more of"
+                f" {self.octree.num_nodes} nodes: {consequence}; raise {BUDGET_VARIABLE} or the viewer's slider"
+            )
+
+    # -- loading; everything below runs in the loader thread, but for the first four
+
+    def _ask(self, job: Callable[..., None], *arguments: Any) -> None:
+        """Has the loader do something and waits for it."""
+        thread = threading.get_ident()
+        self._waiting.add(thread)
+        try:
+            self._loader.submit(job, *arguments).result()
+        finally:
+            self._waiting.discard(thread)
+
+    def _want(self, nodes: list[int]) -> None:
+        with self._lock:
+            self._wanted.update(nodes)
+        self._loader.submit(self._fetch_wanted)
+
+    def prefetch(self, nodes: Int[Tensor, "n"]) -> None:
+        """Has the loader fetch nodes that will be needed, coarse ones first, as far as there is room beside what the
+        frames under way use; whoever waits goes first."""
+        self._loader.submit(self._fetch_ahead, [node for node in nodes.cpu().sort().values.tolist() if node > 0])
+
+    def settle(self) -> None:
+        """Waits until the loader has nothing to do."""
+        while self._loader.submit(lambda: bool(self._wanted)).result():
+            pass
+
+    def _fetch_wanted(self) -> None:
+        """Loads what frames that do not wait have missed, coarse nodes first."""
+        before = self.counters.pages_read
+        with self._lock:
+            wanted, self._wanted = sorted(self._wanted), set()
+        oldest = self._oldest_frame()
+        for place, node in enumerate(wanted):
+            if self._waiting:
+                self._want(wanted[place:])
+                break
+            if not self._make_resident(node, oldest, frozenset(wanted)):
+                break
+        self._publish()
+        if self.counters.pages_read > before and self.on_arrival is not None:
+            self.on_arrival()
+
+    def _fetch_ahead(self, nodes: list[int]) -> None:
+        oldest, keep = self._oldest_frame(), frozenset(nodes)
+        for node in nodes:
+            before = self.counters.pages_read
+            if self._waiting or not self._make_resident(node, oldest, keep):
+                break
+            self.counters.prefetched += self.counters.pages_read - before
+        self._publish()
+
+    def _load(self, nodes: list[int], now: int) -> None:
+        """Loads what a walk waits for; what the walk uses itself is not given up."""
+        if not all([self._make_resident(node, now, frozenset()) for node in nodes]):
+            self._say_short("groups of rays that need more are drawn coarser")
+        self._publish()
+
+    def _oldest_frame(self) -> int:
+        return min(self._frames.values(), default=next(self._clock))
+
+    def _make_resident(self, node: int, oldest: int, keep: frozenset[int]) -> bool:
+        """Reads a page into a slot, if it is not there and can be shown; False: there is no room.
+
+        Args:
+            node: below the root.
+            oldest: what was used then or later stays.
+            keep: nodes that stay, too.
+        """
+        parent = int(self._parent[node])
+        if self._slot[node] >= 0 or self._damaged[node] or (parent > 0 and self._slot[parent] < 0):
+            return True
+        slot = self._free_slot(oldest, keep)
+        if slot is None:
+            return False
+        try:
+            page = self.files.read(node)
+        except PageError as error:
+            self._damaged[node] = True
+            self.counters.damaged += 1
+            warn(f"{error}; its parent is drawn instead; infnerf-pack with --overwrite writes it anew")
+            return True
+        for kind, pool in self.pool.items():
+            pool[slot].copy_(to_float(page[kind]))
+        self._place(node, slot)
+        self._used[node] = max(int(self._used[node]), oldest)
+        self.counters.pages_read += 1
+        self.counters.bytes_read += sum(array.nbytes for array in page.values())
+        self.counters.peak_bytes = max(self.counters.peak_bytes, self.resident_bytes)
+        return True
+
+    def _place(self, node: int, slot: int) -> None:
+        self.slot_tree.coords[self._number_of(node, slot)] = self.octree.coords[node]
+        self._node_of_slot[slot] = node
+        self._slot[node] = slot
+
+    def _number_of(self, node: int, slot: int) -> int:
+        """In the slot tree."""
+        return 1 + (int(self._level[node]) - 1) * self._stride + slot
+
+    def _free_slot(self, oldest: int, keep: frozenset[int]) -> int | None:
+        """An empty slot; else that of the least recently used node, children before their parents."""
+        if -1 in self._node_of_slot:
+            return self._node_of_slot.index(-1)
+        with self._lock:
+            used = self._used.tolist()
+            spare = [node for node in self._node_of_slot if used[node] < oldest and node not in keep]
+            if not spare:
+                return None
+            node = min(spare, key=lambda node: (used[node], -node))
+            slot = int(self._slot[node])
+            self._slot[node] = -1
+            self._node_of_slot[slot] = -1
+        self.counters.evictions += 1
+        self._publish()
+        return slot
+
+    def _publish(self) -> None:
+        """The number in the slot tree of each node that is there with all of its ancestors; -1 for the others, and
+        behind the last one for "no node"."""
+        edges = self.octree.first_of_level.tolist()
+        number = torch.full((self.octree.num_nodes + 1,), -1)
+        number[0] = 0
+        for level in range(1, self.octree.depth + 1):
+            nodes = slice(edges[level], edges[level + 1])
+            slot = self._slot[nodes]
+            there = (slot >= 0) & (number[self._parent[nodes]] >= 0)
+            if self._frozen is not None:
+                there &= self._frozen[nodes]
+            number[nodes] = torch.where(there, 1 + (level - 1) * self._stride + slot, -1)
+        self._number = number.to(self.device)
+
+
+def budget_bytes(configured_mib: int) -> int:
+    """The memory budget: the environment's, else the configured one.
+
+    Raises:
+        InputError: the environment's is not a number of MiB.
+    """
+    text = os.environ.get(BUDGET_VARIABLE)
+    if text is None:
+        return configured_mib << 20
+    try:
+        mib = float(text)
+        if not 0 < mib < 1e9:
+            raise ValueError
+    except ValueError:
+        raise InputError(f"{BUDGET_VARIABLE}={text}: give the memory for nodes in MiB, for instance 512") from None
+    return int(mib * 2**20)
+
+
+def _lazy_zeros(rows: int, size: int, device: torch.device) -> Tensor:
+    """On the CPU memory that is filled when a page is first put into it."""
+    if device.type != "cpu":
+        return torch.zeros(rows, size, device=device)
+    return torch.from_numpy(np.zeros((rows, size), np.float32))

@@ -1,0 +1,158 @@
+"""Images and rays of a packed model: what is done before and after the rendering itself."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from time import perf_counter
+
+import torch
+from jaxtyping import Bool, Float, Int
+from nerfstudio.cameras.cameras import Cameras
+from nerfstudio.cameras.rays import RayBundle
+from torch import Tensor
+
+from infnerf_ns.sampler import ORTHOGRAPHIC_FOOTPRINT, scaled_footprints
+from infnerf_ns.streaming.node_cache import NodeCache
+from infnerf_ns.streaming.selection import touched_up_to, view_tiles
+
+_REGION_RAYS = 2048
+"""Rays from different places that are rendered at once: their nodes must fit into the budget together."""
+_LOOK_AHEAD_WIDTH = 96
+"""Pixels across the rays that stand for the next image's."""
+
+
+@dataclass
+class FrameReport:
+    """What an image needed."""
+
+    seconds: float
+    nodes_in_view: int
+    """that its rays can touch at full detail, the root included"""
+    nodes_used: int
+    """that its samples have touched"""
+    bytes_used: int
+    """of those, in memory"""
+    bytes_read: int
+    """from page files"""
+    bytes_resident: int
+    """when it was done"""
+    footprint_scale: float
+    """above 1: drawn coarser than asked for, to fit the budget"""
+
+
+class StreamedViews:
+    """Plans the images of a packed model.
+
+    Args:
+        cache: of its nodes.
+        sharpening: the model routes samples by their footprints over this.
+    """
+
+    def __init__(self, cache: NodeCache, sharpening: float) -> None:
+        self.cache = cache
+        self.last_frame: FrameReport | None = None
+        self.in_view: Bool[Tensor, "N"] | None = None
+        """nodes of the last image's view"""
+        self.used: Bool[Tensor, "N"] | None = None
+        """nodes that it has used"""
+        self._sharpening = sharpening
+        self._last_pose: Float[Tensor, "3 4"] | None = None
+
+    def touched_up_to(self, rays: RayBundle) -> Float[Tensor, "N"]:
+        """Up to which footprint scale an image of rays [H, W] touches each node (:mod:`.selection`)."""
+        octree = self.cache.octree
+        tiles = view_tiles(
+            octree.cube,
+            rays.origins,
+            rays.directions,
+            rays.pixel_area,
+            rays.nears,
+            (rays.metadata or {}).get(ORTHOGRAPHIC_FOOTPRINT),
+        )
+        return touched_up_to(octree, tiles, self._sharpening)
+
+    @contextmanager
+    def image(self, rays: RayBundle) -> Iterator[RayBundle]:
+        """Gives the rays [H, W] as they must be rendered, with larger footprints where the budget asks for them, and
+        writes a report when that is done."""
+        start = perf_counter()
+        with self.cache.frame() as began:
+            known = not bool((rays.pixel_area == 1).any())  # texture export names no pixels: it takes what it gets
+            touched = self.touched_up_to(rays) if known else None
+            scale = 1.0 if touched is None else self.cache.coarsening(touched)
+            before = self.cache.counters.bytes_read
+            yield scaled_footprints(rays, scale)
+            self.used = self.cache.used_since(began)
+            self.in_view = self.used if touched is None else (touched > 1).cpu()
+            below_root = int(self.used.sum()) - 1
+            self.last_frame = FrameReport(
+                seconds=perf_counter() - start,
+                nodes_in_view=int(self.in_view.sum()),
+                nodes_used=below_root + 1,
+                bytes_used=self.cache.root_bytes + below_root * self.cache.page_bytes,
+                bytes_read=self.cache.counters.bytes_read - before,
+                bytes_resident=self.cache.resident_bytes,
+                footprint_scale=scale,
+            )
+
+    def expect_next(self, camera: Cameras, camera_rays: Callable[[Cameras], RayBundle]) -> None:
+        """Loads what the next image needs, if the camera moves on as it moved from the one before.
+
+        Args:
+            camera: of the image just rendered.
+            camera_rays: the rays of a camera.
+        """
+        pose = camera.camera_to_worlds.reshape(-1, 3, 4)[0].clone()
+        before, self._last_pose = self._last_pose, pose
+        if before is not None and not torch.equal(before, pose):
+            following = copy.deepcopy(camera)
+            following.camera_to_worlds = _moved_on(before, pose).expand_as(camera.camera_to_worlds).clone()
+            self.prefetch(following, camera_rays)
+
+    def prefetch(self, camera: Cameras, camera_rays: Callable[[Cameras], RayBundle]) -> None:
+        """Loads what an image needs while something else is done.
+
+        Args:
+            camera: of that image.
+            camera_rays: the rays of a camera.
+        """
+        small = copy.deepcopy(camera)
+        factor = min(1.0, _LOOK_AHEAD_WIDTH / float(camera.width.max()))
+        small.rescale_output_resolution(factor)
+        rays = scaled_footprints(camera_rays(small), factor)
+        touched = self.touched_up_to(rays)
+        nodes = touched > self.cache.coarsening(touched)
+        self.cache.prefetch(torch.nonzero(nodes)[:, 0])
+
+    def by_region(self, rays: RayBundle, render: Callable[[RayBundle], dict[str, Tensor]]) -> dict[str, Tensor]:
+        """Renders flat rays; where they come from many places, those that start near each other at once.
+
+        Args:
+            rays: R rays.
+            render: renders some of them.
+        """
+        with self.cache.frame():
+            if len(rays) <= _REGION_RAYS or bool((rays.origins == rays.origins[0]).all()):
+                return render(rays)
+            order = self._along_curve(rays.origins)
+            parts = [render(rays[part]) for part in order.split(_REGION_RAYS)]
+            back = torch.argsort(order)
+            return {name: torch.cat([part[name] for part in parts])[back] for name in parts[0]}
+
+    def _along_curve(self, places: Float[Tensor, "R 3"]) -> Int[Tensor, "R"]:
+        """Order of places along a Morton curve through the root cube and around it."""
+        cell = (self.cache.octree.cube.to_unit(places) * 64 + 512).clamp(0, 1023).long()
+        code = torch.zeros_like(cell[:, 0])
+        for bit in range(10):
+            for axis in range(3):
+                code |= ((cell[:, axis] >> bit) & 1) << (3 * bit + axis)
+        return torch.argsort(code, stable=True)
+
+
+def _moved_on(before: Float[Tensor, "3 4"], now: Float[Tensor, "3 4"]) -> Float[Tensor, "3 4"]:
+    """The pose after the same rigid motion again."""
+    turn = now[:, :3] @ before[:, :3].T
+    return torch.cat([turn @ now[:, :3], (now[:, 3] + (now[:, 3] - before[:, 3]))[:, None]], dim=1)
