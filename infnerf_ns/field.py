@@ -181,9 +181,15 @@ class OctreeField(nn.Module):
                     bank.data = torch.empty(shape, device=self.cache.slot_tree.level.device)
 
     def _walk(
-        self, unit: Float[Tensor, "M 3"], footprints: Float[Tensor, "M"] | None, max_level: int | None
+        self,
+        unit: Float[Tensor, "M 3"],
+        footprints: Float[Tensor, "M"] | None,
+        max_level: int | None,
+        routing_scale: float,
     ) -> Int[Tensor, "M K"]:
         """Paths of samples in :attr:`octree`, down to levels that have started."""
+        if footprints is not None and routing_scale != 1:
+            footprints = routing_scale * footprints
         caps = (int(self.active_level), max_level, self.level_cap)
         cap = min(each for each in caps if each is not None)
         if self.cache is not None:
@@ -248,6 +254,7 @@ class OctreeField(nn.Module):
         positions: Float[Tensor, "M 3"],
         footprints: Float[Tensor, "M"] | None,
         max_level: int | None = None,
+        routing_scale: float = 1.0,
     ) -> Routed:
         """Find the nodes of all samples and sort them by node.
 
@@ -255,9 +262,10 @@ class OctreeField(nn.Module):
             positions: world positions.
             footprints: radii in scene units; None asks for the finest nodes.
             max_level: a cut of the tree; levels that have not started are cut anyway.
+            routing_scale: the nodes are those of footprints this much larger.
         """
         unit = self.octree.cube.to_unit(positions)
-        path = self._walk(unit, footprints, max_level)
+        path = self._walk(unit, footprints, max_level, routing_scale)
         node = path.max(dim=1).values
         order = torch.argsort(node)
         radii = None if footprints is None else footprints.index_select(0, order)
@@ -411,19 +419,21 @@ class OctreeField(nn.Module):
         """
         return torch.sigmoid(self._decode(inputs, node, self.pages.color_offset, self.color_widths, False))
 
-    def normals(self, positions: Float[Tensor, "M 3"], footprints: Float[Tensor, "M"] | None) -> Float[Tensor, "M 3"]:
+    def normals(
+        self, positions: Float[Tensor, "M 3"], footprints: Float[Tensor, "M"] | None, routing_scale: float = 1.0
+    ) -> Float[Tensor, "M 3"]:
         """Unit normals: the direction in which the density falls fastest, world frame."""
         if len(positions) == 0:  # a chunk of rays into empty space
             return torch.zeros_like(positions)
         with torch.enable_grad():
             positions = positions.detach().requires_grad_()
-            routed = self.route(positions, footprints)
+            routed = self.route(positions, footprints, None, routing_scale)
             density, _ = self.density(routed, frozen=True)
             (gradient,) = torch.autograd.grad(density.clamp(min=1e-10).log().sum(), positions)
         return -nn.functional.normalize(gradient, dim=-1)
 
     def proposal_density(
-        self, positions: Float[Tensor, "M 3"], footprints: Float[Tensor, "M"] | None
+        self, positions: Float[Tensor, "M 3"], footprints: Float[Tensor, "M"] | None, routing_scale: float = 1.0
     ) -> Float[Tensor, "M"]:
         """Density of the proposal grids per scene unit: exp of the weighted sum over the sample's node and its
         ancestors (``exp(-1) 2 / side`` where all of it is faded).
@@ -432,10 +442,11 @@ class OctreeField(nn.Module):
             positions: world positions.
             footprints: at least half of the intervals' lengths, scene units: they choose the nodes and fade the hash
                 levels. None: the finest nodes, nothing is faded.
+            routing_scale: the nodes are those of footprints this much larger.
         """
         octree = self.octree
         unit = octree.cube.to_unit(positions)
-        path = self._walk(unit, footprints, None)
+        path = self._walk(unit, footprints, None, routing_scale)
         banks, layouts = _first(self.proposals, path.shape[1]), self.proposal_layouts[: path.shape[1]]
         cells = self._cells(layouts, self.config.proposal_downweight)
         weighted = self.config.proposal_downweight and footprints is not None

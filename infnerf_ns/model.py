@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from contextlib import nullcontext
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -42,10 +44,10 @@ from infnerf_ns.octree import Octree
 from infnerf_ns.pages import PageLayout
 from infnerf_ns.sampler import (
     ORTHOGRAPHIC_FOOTPRINT,
+    ROUTING_SCALE,
     LoDSampler,
     SamplerConfig,
     sample_geometry,
-    scaled_footprints,
     weight_quantiles,
 )
 from infnerf_ns.streaming.node_cache import NodeCache, budget_bytes
@@ -188,7 +190,7 @@ class InfNeRFModel(Model):
         self.views: StreamedViews | None = None
         """what a packed model does before and after an image"""
         self.footprint_scale = 1.0
-        """rendered images see footprints this much larger (the viewer's level-of-detail bias)"""
+        """samples of rendered images are routed as if their footprints were this much larger (level-of-detail bias)"""
 
     # -- parameters
 
@@ -311,18 +313,21 @@ class InfNeRFModel(Model):
         rays = camera_ray_bundle
         if rays.nears is None and self.near_planes is not None and not bool((rays.pixel_area == 1).any()):
             rays.nears = torch.full_like(rays.pixel_area, self.near_planes.of_image(rays.origins, rays.directions))
-        rays = scaled_footprints(rays, self.footprint_scale)
-        if self.views is None:
+        with (
+            nullcontext(self.footprint_scale)
+            if self.views is None
+            else self.views.image(rays, self.footprint_scale) as scale
+        ):
+            if scale != 1:
+                rays.metadata[ROUTING_SCALE] = torch.full_like(rays.pixel_area, scale)
             return super().get_outputs_for_camera_ray_bundle(rays)
-        with self.views.image(rays) as fitting:
-            return super().get_outputs_for_camera_ray_bundle(fitting)
 
     @torch.no_grad()
     def get_outputs_for_camera(self, camera: Cameras, obb_box: OrientedBox | None = None) -> dict[str, Tensor]:
         """Renders a camera; of a packed model, what the next camera needs is loaded behind it."""
         outputs = self.get_outputs_for_camera_ray_bundle(self.camera_rays(camera, obb_box))
         if self.views is not None and self.config.streaming.prefetch:
-            self.views.expect_next(camera, self.camera_rays)
+            self.views.expect_next(camera, self.camera_rays, self.footprint_scale)
         return outputs
 
     def forward(self, ray_bundle: RayBundle) -> dict[str, Tensor]:
@@ -361,13 +366,17 @@ class InfNeRFModel(Model):
             # Half precision would turn the rays by pixels.
             with torch.autocast(ray_bundle.origins.device.type, enabled=False):
                 self.camera_optimizer.apply_to_raybundle(ray_bundle)
-        samples, weights_list, samples_list = self.sampler(ray_bundle, self.field.proposal_density, self.step)
+        routing_scale = 1.0
+        if ROUTING_SCALE in (ray_bundle.metadata or {}):
+            routing_scale = float(ray_bundle.metadata[ROUTING_SCALE][0])
+        proposal_density = partial(self.field.proposal_density, routing_scale=routing_scale)
+        samples, weights_list, samples_list = self.sampler(ray_bundle, proposal_density, self.step)
         rays, per_ray = samples.starts.shape[:2]
         jitter = self.training and self.config.sampler.footprint_jitter
         positions, footprints = sample_geometry(ray_bundle, samples, jitter=jitter)
         positions = positions.reshape(-1, 3)
         footprints = None if footprints is None else footprints.reshape(-1)
-        routed, share = self._route(positions, footprints)
+        routed, share = self._route(positions, footprints, routing_scale)
         density, geo = self.field.density(routed)
         sample_density = torch.zeros_like(positions[:, 0]).index_add(0, routed.order, share * density)
         weights = render_weights(sample_density.reshape(rays, per_ray), samples.edges)[..., None]
@@ -392,22 +401,24 @@ class InfNeRFModel(Model):
         else:
             outputs["level"] = self._level_color(routed, share, weights)
             if self.config.render_normals:
-                outputs["normals"] = self._normal_color(positions, footprints, weights, outputs["accumulation"])
+                outputs["normals"] = self._normal_color(
+                    positions, footprints, weights, outputs["accumulation"], routing_scale
+                )
         return outputs
 
     def _route(
-        self, positions: Float[Tensor, "M 3"], footprints: Float[Tensor, "M"] | None
+        self, positions: Float[Tensor, "M 3"], footprints: Float[Tensor, "M"] | None, routing_scale: float
     ) -> tuple[Routed, Float[Tensor, "M2"]]:
         """The nodes that evaluate the samples, and their shares of them: in training one each, in evaluation two
         adjacent levels where they are blended."""
         octree = self.field.octree
         if footprints is not None and self.config.blend_levels and not self.training:
             # Training draws the level of a sample from lod + u, u in -1/2..1/2; this blend is its expectation.
-            routed = self.field.route(positions, footprints / math.sqrt(2))
-            share = octree.fraction(octree.level[routed.node], routed.footprints)
-            # Detail fades by the footprint itself.
-            return self.field.with_parents(routed._replace(footprints=footprints[routed.order]), share)
-        return self.field.route(positions, footprints), torch.ones_like(positions[:, 0])
+            routing_scale = routing_scale / math.sqrt(2)
+            routed = self.field.route(positions, footprints, None, routing_scale)
+            share = octree.fraction(octree.level[routed.node], routing_scale * routed.footprints)
+            return self.field.with_parents(routed, share)
+        return self.field.route(positions, footprints, None, routing_scale), torch.ones_like(positions[:, 0])
 
     def _level_color(
         self, routed: Routed, share: Float[Tensor, "M2"], weights: Float[Tensor, "R S 1"]
@@ -425,10 +436,11 @@ class InfNeRFModel(Model):
         footprints: Float[Tensor, "M"] | None,
         weights: Float[Tensor, "R S 1"],
         accumulation: Float[Tensor, "R 1"],
+        routing_scale: float,
     ) -> Float[Tensor, "R 3"]:
         """Mean normal of each ray in 0..1."""
         at = weight_quantiles(weights[..., 0], _NORMALS_PER_RAY).reshape(-1)
-        normals = self.field.normals(positions[at], None if footprints is None else footprints[at])
+        normals = self.field.normals(positions[at], None if footprints is None else footprints[at], routing_scale)
         normals = normals.reshape(len(weights), _NORMALS_PER_RAY, 3)
         share = accumulation[:, None].expand(-1, _NORMALS_PER_RAY, 1) / _NORMALS_PER_RAY
         return self.normals_shader(self.renderer_normals(normals=normals, weights=share)).clamp(0, 1)

@@ -8,7 +8,6 @@ below. Source: mip-NeRF 360 (proposals, annealing), NerfAcc's comparison of samp
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Annotated, NamedTuple
@@ -25,6 +24,10 @@ from infnerf_ns.validation import Range
 
 ORTHOGRAPHIC_FOOTPRINT = "orthographic_footprint"
 """Key of the ray metadata that holds the footprint [R, 1] of parallel rays, scene units."""
+
+ROUTING_SCALE = "routing_scale"
+"""Key of the ray metadata [R, 1]: samples are routed as if their footprints were this much larger, one number for all
+rays. What a node shows of them fades by their own footprints."""
 
 DensityFn = Callable[[Float[Tensor, "M 3"], Float[Tensor, "M"] | None], Float[Tensor, "M"]]
 
@@ -193,19 +196,6 @@ class LoDSampler(nn.Module):
         return Intervals(
             *ray_kernels.resample(samples.bins, weights[..., 0], anneal, count, offset, s_near, s_far, self.bend)
         )
-
-
-def scaled_footprints(rays: RayBundle, scale: float) -> RayBundle:
-    """Rays whose footprints are that much larger; nerfstudio's placeholder ``pixel_area == 1`` stays."""
-    if scale == 1:
-        return rays
-    scaled = dataclasses.replace(
-        rays, pixel_area=torch.where(rays.pixel_area == 1, rays.pixel_area, scale**2 * rays.pixel_area)
-    )
-    if ORTHOGRAPHIC_FOOTPRINT in (rays.metadata or {}):
-        footprint = scale * rays.metadata[ORTHOGRAPHIC_FOOTPRINT]
-        scaled.metadata = {**rays.metadata, ORTHOGRAPHIC_FOOTPRINT: footprint}
-    return scaled
 
 
 def sample_geometry(

@@ -175,11 +175,11 @@ def test_touched_blocks_are_those_of_an_independent_count(children: str, monkeyp
             levels.extend((routed.path >= 0).sum(dim=1).tolist())
         return density(routed, frozen)
 
-    def proposal_density_of(positions, footprints):  # noqa: ANN001, ANN202
+    def proposal_density_of(positions, footprints, routing_scale):  # noqa: ANN001, ANN202
         if not replayed:
             unit = octree.cube.to_unit(positions)
             look_up("proposals", tree.proposal_layouts, unit, octree.route(unit, footprints), True)
-        return proposal_density(positions, footprints)
+        return proposal_density(positions, footprints, routing_scale)
 
     # The count asks the field again for what it has asked before: that is not a second reading.
     replayed: list[bool] = []

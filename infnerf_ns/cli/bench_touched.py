@@ -101,9 +101,9 @@ def _recorded(tree: OctreeField) -> Iterator[_Reads]:
     reads = _Reads()
     proposal_density, density = tree.proposal_density, tree.density
 
-    def note_proposals(positions: Tensor, footprints: Tensor | None) -> Tensor:
+    def note_proposals(positions: Tensor, footprints: Tensor | None, routing_scale: float) -> Tensor:
         reads.proposals.append((positions.detach(), None if footprints is None else footprints.detach()))
-        return proposal_density(positions, footprints)
+        return proposal_density(positions, footprints, routing_scale)
 
     def note_density(routed: Routed, frozen: bool = False) -> tuple[Tensor, Tensor]:
         reads.routed.append(routed)

@@ -64,10 +64,13 @@ class Packed:
     """What packing has made."""
 
     folder: Path
+    """the packed run"""
     octree: Octree
+    """its tree"""
     page_bytes: int
     """of all files"""
     checkpoint_bytes: int
+    """of the small checkpoint"""
     rounding: float
     """largest relative rounding error of a page (norm of the error over norm of the page); 0 for float32"""
 

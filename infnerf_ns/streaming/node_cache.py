@@ -236,12 +236,12 @@ class NodeCache:
         on[0] = False
         return torch.nonzero(on)[:, 0]
 
-    def coarsening(self, touched: Float[Tensor, "N"]) -> float:
-        """The footprint scale at which a view's nodes (:func:`.selection.touched_up_to`) fit into the budget; the first
-        time that this is above 1 it is said."""
-        scale = fitting_scale(touched, self.capacity)
-        if scale > 1:
-            self._say_short(f"views are drawn coarser, this one with footprints {scale:.3g} times as large")
+    def coarsening(self, touched: Float[Tensor, "N"], footprint_scale: float) -> float:
+        """The footprint scale at which a view's nodes (:func:`.selection.touched_up_to`) fit into the budget, at least
+        the one asked for; the first time that it must be above, it is said."""
+        scale = max(footprint_scale, fitting_scale(touched, self.capacity))
+        if scale > footprint_scale:
+            self._say_short(f"views are drawn coarser, this one as if footprints were {scale:.3g} times as large")
         return scale
 
     def _say_short(self, consequence: str) -> None:

@@ -132,11 +132,9 @@ def touched_up_to(octree: Octree, tiles: Tiles, sharpening: float = 1.0) -> Floa
 
 
 def fitting_scale(touched: Float[Tensor, "N"], capacity: int) -> float:
-    """The least footprint scale, at least 1, at which the view touches at most ``capacity`` nodes below the root."""
+    """The least footprint scale at which the view touches at most ``capacity`` nodes below the root."""
     below = touched[1:]
-    if capacity >= len(below):
-        return 1.0
-    return max(1.0, float(below.kthvalue(len(below) - capacity).values))
+    return 0.0 if capacity >= len(below) else float(below.kthvalue(len(below) - capacity).values)
 
 
 def _separating_axes(tiles: Tiles) -> Float[Tensor, "T A 3"]:

@@ -14,7 +14,7 @@ from nerfstudio.cameras.cameras import Cameras
 from nerfstudio.cameras.rays import RayBundle
 from torch import Tensor
 
-from infnerf_ns.sampler import ORTHOGRAPHIC_FOOTPRINT, scaled_footprints
+from infnerf_ns.sampler import ORTHOGRAPHIC_FOOTPRINT
 from infnerf_ns.streaming.node_cache import NodeCache
 from infnerf_ns.streaming.selection import touched_up_to, view_tiles
 
@@ -40,7 +40,9 @@ class FrameReport:
     bytes_resident: int
     """when it was done"""
     footprint_scale: float
-    """above 1: drawn coarser than asked for, to fit the budget"""
+    """samples were routed by footprints this much larger"""
+    coarsened: bool
+    """more than asked for, to fit the budget"""
 
 
 class StreamedViews:
@@ -75,18 +77,25 @@ class StreamedViews:
         return touched_up_to(octree, tiles, self._sharpening)
 
     @contextmanager
-    def image(self, rays: RayBundle) -> Iterator[RayBundle]:
-        """Gives the rays [H, W] as they must be rendered, with larger footprints where the budget asks for them, and
-        writes a report when that is done."""
+    def image(self, rays: RayBundle, footprint_scale: float) -> Iterator[float]:
+        """While an image is rendered; writes a report at its end.
+
+        Args:
+            rays: of the image, [H, W].
+            footprint_scale: that is asked for.
+
+        Gives:
+            The footprint scale to route by, larger where the memory budget asks for it.
+        """
         start = perf_counter()
         with self.cache.frame() as began:
             known = not bool((rays.pixel_area == 1).any())  # texture export names no pixels: it takes what it gets
             touched = self.touched_up_to(rays) if known else None
-            scale = 1.0 if touched is None else self.cache.coarsening(touched)
+            scale = footprint_scale if touched is None else self.cache.coarsening(touched, footprint_scale)
             before = self.cache.counters.bytes_read
-            yield scaled_footprints(rays, scale)
+            yield scale
             self.used = self.cache.used_since(began)
-            self.in_view = self.used if touched is None else (touched > 1).cpu()
+            self.in_view = self.used if touched is None else (touched > footprint_scale).cpu()
             below_root = int(self.used.sum()) - 1
             self.last_frame = FrameReport(
                 seconds=perf_counter() - start,
@@ -96,35 +105,43 @@ class StreamedViews:
                 bytes_read=self.cache.counters.bytes_read - before,
                 bytes_resident=self.cache.resident_bytes,
                 footprint_scale=scale,
+                coarsened=scale > footprint_scale,
             )
 
-    def expect_next(self, camera: Cameras, camera_rays: Callable[[Cameras], RayBundle]) -> None:
+    def expect_next(
+        self, camera: Cameras, camera_rays: Callable[[Cameras], RayBundle], footprint_scale: float = 1.0
+    ) -> None:
         """Loads what the next image needs, if the camera moves on as it moved from the one before.
 
         Args:
             camera: of the image just rendered.
             camera_rays: the rays of a camera.
+            footprint_scale: that the image was asked for with.
         """
         pose = camera.camera_to_worlds.reshape(-1, 3, 4)[0].clone()
         before, self._last_pose = self._last_pose, pose
         if before is not None and not torch.equal(before, pose):
             following = copy.deepcopy(camera)
             following.camera_to_worlds = _moved_on(before, pose).expand_as(camera.camera_to_worlds).clone()
-            self.prefetch(following, camera_rays)
+            self.prefetch(following, camera_rays, footprint_scale)
 
-    def prefetch(self, camera: Cameras, camera_rays: Callable[[Cameras], RayBundle]) -> None:
+    def prefetch(
+        self, camera: Cameras, camera_rays: Callable[[Cameras], RayBundle], footprint_scale: float = 1.0
+    ) -> None:
         """Loads what an image needs while something else is done.
 
         Args:
             camera: of that image.
             camera_rays: the rays of a camera.
+            footprint_scale: that it will be asked for with.
         """
         small = copy.deepcopy(camera)
         factor = min(1.0, _LOOK_AHEAD_WIDTH / float(camera.width.max()))
         small.rescale_output_resolution(factor)
-        rays = scaled_footprints(camera_rays(small), factor)
+        rays = camera_rays(small)
+        rays.pixel_area = factor**2 * rays.pixel_area  # of the image that it stands for
         touched = self.touched_up_to(rays)
-        nodes = touched > self.cache.coarsening(touched)
+        nodes = touched > self.cache.coarsening(touched, footprint_scale)
         self.cache.prefetch(torch.nonzero(nodes)[:, 0])
 
     def by_region(self, rays: RayBundle, render: Callable[[RayBundle], dict[str, Tensor]]) -> dict[str, Tensor]:

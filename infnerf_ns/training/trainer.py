@@ -57,7 +57,7 @@ class InfNeRFTrainerConfig(TrainerConfig):
         whole = checkpoints.whole_checkpoints(folder)
         if whole and (self.load_step is None or checkpoints.checkpoint_path(folder, self.load_step) not in whole):
             self.load_step = checkpoints.checkpoint_step(whole[0])
-        streaming = getattr(self.pipeline.model, "streaming", None)
+        streaming = getattr(getattr(self.pipeline, "model", None), "streaming", None)
         if streaming is not None:
             streaming.pages = self.get_base_dir() / PAGES
         return folder

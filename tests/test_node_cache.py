@@ -1,0 +1,242 @@
+"""The node cache: what is in memory, what is given up, what is read, and what happens to pages that cannot be read."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from tiny_packed import TinyPacked, tiny_packed
+from torch import Tensor
+
+from infnerf_ns.errors import InputError
+from infnerf_ns.streaming.node_cache import BUDGET_VARIABLE, NodeCache, budget_bytes
+
+
+@pytest.fixture(scope="module")
+def packed(tmp_path_factory: pytest.TempPathFactory) -> TinyPacked:
+    return tiny_packed(tmp_path_factory.mktemp("packed"))
+
+
+def inside(packed: TinyPacked, node: int, count: int = 5) -> Tensor:
+    """Unit coordinates in a node's cube."""
+    tree = packed.model.field.octree
+    return (tree.coords[node] + 0.1 + 0.8 * torch.rand(count, 3)) / 2.0 ** tree.level[node]
+
+
+def ask(cache: NodeCache, packed: TinyPacked, node: int) -> Tensor:
+    """Path in the slot tree of a sample that wants just that node."""
+    tree = packed.model.field.octree
+    path = cache.walk(inside(packed, node), torch.full((5,), tree.gsd(int(tree.level[node]))), 99, "torch")
+    assert bool((path == path[:1]).all())
+    return path[0]
+
+
+def ancestors(packed: TinyPacked, node: int) -> set[int]:
+    tree, found = packed.model.field.octree, set()
+    while node > 0:
+        found.add(node)
+        node = int(tree.parent[node])
+    return found
+
+
+def leaf(packed: TinyPacked, number: int = 0) -> int:
+    """One of the deepest nodes."""
+    tree = packed.model.field.octree
+    return int(tree.first_of_level[tree.depth]) + number
+
+
+def holds(cache: NodeCache) -> set[int]:
+    return set(torch.nonzero(cache.resident)[1:, 0].tolist())
+
+
+def page_of(cache: NodeCache, number: int) -> Tensor:
+    """Grids in the slot of a node of the slot tree."""
+    return cache.pool["grids"][(number - 1) % cache.capacity]
+
+
+def test_a_walk_loads_the_nodes_on_the_way_and_no_others(packed: TinyPacked) -> None:
+    cache = packed.cache(nodes=50)
+    node = leaf(packed)
+    path = ask(cache, packed, node)
+    assert holds(cache) == ancestors(packed, node)
+    assert cache.counters.pages_read == cache.counters.misses == 3 and cache.counters.hits == 0
+    assert cache.counters.bytes_read == 3 * cache.page_bytes
+    assert cache.slot_tree.level[path].tolist() == [0, 1, 2, 3]
+    tree = packed.model.field.octree
+    for level, number in enumerate(path[1:].tolist(), 1):
+        own = [each for each in ancestors(packed, node) if tree.level[each] == level][0]
+        assert torch.equal(cache.slot_tree.coords[number], tree.coords[own])
+        bank = packed.model.field.grids[level][own - int(tree.first_of_level[level])]
+        assert torch.equal(page_of(cache, number), bank)
+    ask(cache, packed, node)
+    assert cache.counters.pages_read == 3 and cache.counters.hits == 3, "the second time nothing is read"
+
+
+def test_coarse_samples_need_no_pages(packed: TinyPacked) -> None:
+    cache = packed.cache(nodes=50)
+    path = cache.walk(inside(packed, leaf(packed)), torch.full((5,), 1e9), 99, "torch")
+    assert bool((path[:, 0] == 0).all()) and bool((path[:, 1:] == -1).all())
+    assert cache.counters.pages_read == 0 and cache.resident_bytes == cache.root_bytes
+
+
+def test_the_least_recently_used_node_goes_first_and_children_before_parents(packed: TinyPacked) -> None:
+    cache = packed.cache(nodes=4)
+    first, second = leaf(packed, 0), next(
+        each for each in range(leaf(packed), packed.model.field.octree.num_nodes)
+        if not ancestors(packed, each) & ancestors(packed, leaf(packed))
+    )  # fmt: skip
+    ask(cache, packed, first)
+    ask(cache, packed, second)
+    assert ancestors(packed, second) <= holds(cache)
+    left = holds(cache) - ancestors(packed, second)
+    assert len(left) == 1 and left == {min(ancestors(packed, first))}, "of the older path its coarsest node stays"
+    assert cache.counters.evictions == 2
+
+
+@settings(max_examples=25)
+@given(st.integers(0, 12), st.lists(st.integers(1, 10_000), min_size=1, max_size=12))
+def test_the_budget_holds_whatever_is_asked_for(packed: TinyPacked, nodes: int, wishes: list[int]) -> None:
+    cache = packed.cache(nodes)
+    for wish in wishes:
+        node = 1 + wish % (packed.model.field.octree.num_nodes - 1)
+        path = ask(cache, packed, node)
+        deepest = int(path.max())
+        assert int((path >= 0).sum()) == int(cache.slot_tree.level[deepest]) + 1, "a path has no gap"
+        assert cache.resident_bytes <= cache.budget_bytes
+        room = cache.capacity >= len(ancestors(packed, node))
+        if room:
+            assert ancestors(packed, node) <= holds(cache)
+    assert cache.counters.peak_bytes <= cache.budget_bytes
+    assert cache.counters.hits + cache.counters.misses >= len(wishes)
+
+
+def test_one_walk_may_need_more_than_there_is(packed: TinyPacked, capsys: pytest.CaptureFixture) -> None:
+    cache = packed.cache(nodes=2)
+    path = ask(cache, packed, leaf(packed))
+    assert path[-1] == -1 and int((path >= 0).sum()) == 3
+    ask(cache, packed, leaf(packed))
+    warning = capsys.readouterr().err
+    assert warning.count("infnerf: warning:") == 1 and BUDGET_VARIABLE in warning
+    assert "holds the root and 2 more of" in warning
+
+
+def test_prefetched_nodes_are_there_when_they_are_asked_for(packed: TinyPacked) -> None:
+    cache = packed.cache(nodes=50)
+    node = leaf(packed)
+    cache.prefetch(torch.tensor(sorted(ancestors(packed, node) | {0})))
+    cache.settle()
+    assert holds(cache) == ancestors(packed, node)
+    ask(cache, packed, node)
+    assert cache.counters.misses == 0 and cache.counters.hits == 3 and cache.counters.prefetched == 3
+
+
+def test_prefetching_takes_nothing_from_a_frame_under_way(packed: TinyPacked) -> None:
+    cache = packed.cache(nodes=3)
+    with cache.frame():
+        ask(cache, packed, leaf(packed))
+        cache.prefetch(torch.arange(packed.model.field.octree.num_nodes))
+        cache.settle()
+        assert holds(cache) == ancestors(packed, leaf(packed))
+    assert cache.counters.prefetched == 0
+
+
+def test_a_walk_that_does_not_wait_gets_coarse_nodes_first(packed: TinyPacked) -> None:
+    cache = packed.cache(nodes=50)
+    cache.waits = False
+    arrivals = []
+    cache.on_arrival = lambda: arrivals.append(len(holds(cache)))
+    with cache.frame():
+        first = ask(cache, packed, leaf(packed))
+    assert first.tolist() == [0, -1, -1, -1], "the root's picture is there at once"
+    cache.settle()
+    assert arrivals[-1] == 3
+    with cache.frame():
+        assert bool((ask(cache, packed, leaf(packed)) >= 0).all())
+    cache.settle()
+    assert len(arrivals) == 1, "nothing is missing any more, so nothing is drawn again"
+
+
+def test_frozen_nodes_are_all_that_is_drawn(packed: TinyPacked) -> None:
+    cache = packed.cache(nodes=50)
+    with cache.frame() as start:
+        ask(cache, packed, 1)
+        used = cache.used_since(start)
+    assert used[0] and used[1]
+    cache.freeze(used)
+    other = next(each for each in range(1, len(used)) if not used[each])
+    path = ask(cache, packed, other)
+    assert not holds(cache) - set(torch.nonzero(used)[:, 0].tolist())
+    assert int((path >= 0).sum()) < int(packed.model.field.octree.level[other]) + 1
+    cache.freeze(None)
+    assert int((ask(cache, packed, other) >= 0).sum()) >= int(packed.model.field.octree.level[other]) + 1
+
+
+def test_another_budget_keeps_what_was_used_last(packed: TinyPacked) -> None:
+    cache = packed.cache(nodes=50)
+    changed = []
+    cache.on_pool_change = lambda: changed.append(cache.capacity)
+    for number in range(6):
+        ask(cache, packed, leaf(packed, number))
+    last = ancestors(packed, leaf(packed, 5))
+    cache.set_budget(cache.root_bytes + 3 * cache.page_bytes)
+    assert cache.capacity == 50, "not before the next frame begins"
+    with cache.frame():
+        assert cache.capacity == 3 and changed == [3]
+        assert holds(cache) == last
+        path = ask(cache, packed, leaf(packed, 5))
+    assert cache.counters.evictions == 0
+    bank = packed.model.field.grids[3][5]
+    assert torch.equal(page_of(cache, int(path[3])), bank), "the pages have moved with their nodes"
+
+
+def test_an_abandoned_frame_blocks_nothing(packed: TinyPacked) -> None:
+    cache = packed.cache(nodes=3)
+    with pytest.raises(KeyboardInterrupt), cache.frame():
+        ask(cache, packed, leaf(packed))
+        raise KeyboardInterrupt
+    with cache.frame():
+        ask(cache, packed, 1)
+        assert 1 in holds(cache)
+
+
+def flip(path: Path, place: int) -> None:
+    data = bytearray(path.read_bytes())
+    data[place] ^= 1
+    path.write_bytes(bytes(data))
+
+
+@pytest.mark.parametrize("harm", ["missing", "flipped number", "flipped header", "truncated", "empty", "other page"])
+def test_a_damaged_page_is_named_and_its_parent_drawn(harm: str, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    packed = tiny_packed(tmp_path)
+    cache = packed.cache(nodes=50)
+    node = next(each for each in range(1, packed.model.field.octree.num_nodes) if len(ancestors(packed, each)) == 2)
+    path = cache.files.path(node)
+    {
+        "missing": path.unlink,
+        "flipped number": lambda: flip(path, -5),
+        "flipped header": lambda: flip(path, 12),
+        "truncated": lambda: path.write_bytes(path.read_bytes()[:-100]),
+        "empty": lambda: path.write_bytes(b""),
+        "other page": lambda: path.write_bytes(cache.files.path(node - 1).read_bytes()),
+    }[harm]()
+    for _ in range(2):
+        walked = ask(cache, packed, node)
+        assert walked.tolist()[2:] == [-1, -1] and walked[1] > 0
+    warnings = [line for line in capsys.readouterr().err.splitlines() if line.startswith("infnerf: warning:")]
+    assert len(warnings) == 1 and str(path) in warnings[0] and "parent is drawn" in warnings[0]
+    assert ("missing" if harm == "missing" else "damaged") in warnings[0]
+    assert cache.counters.damaged == 1
+
+
+def test_the_budget_comes_from_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv(BUDGET_VARIABLE, raising=False)
+    assert budget_bytes(3) == 3 << 20
+    monkeypatch.setenv(BUDGET_VARIABLE, "1.5")
+    assert budget_bytes(3) == 3 << 19
+    for wrong in ("much", "-1", "0", "nan", "inf"):
+        monkeypatch.setenv(BUDGET_VARIABLE, wrong)
+        with pytest.raises(InputError, match=f"{BUDGET_VARIABLE}={wrong}: give"):
+            budget_bytes(3)
