@@ -148,7 +148,7 @@ class OctreeField(nn.Module):
         self.register_buffer("node_samples", torch.zeros(0, dtype=torch.long))
         self.cache: StreamedNodes | None = None
         self.level_cap: int | None = None
-        """no sample goes deeper (the viewer's choice)"""
+        """in evaluation no sample goes deeper (the viewer's choice)"""
         self.set_octree(octree)
         self.reset_parameters()
 
@@ -190,7 +190,7 @@ class OctreeField(nn.Module):
         """Paths of samples in :attr:`octree`, down to levels that have started."""
         if footprints is not None and routing_scale != 1:
             footprints = routing_scale * footprints
-        caps = (int(self.active_level), max_level, self.level_cap)
+        caps = (int(self.active_level), max_level, None if self.training else self.level_cap)
         cap = min(each for each in caps if each is not None)
         if self.cache is not None:
             return self.cache.walk(unit, footprints, cap, self.config.backend)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -55,6 +54,7 @@ from infnerf_ns.streaming.packing import CHECKSUMS
 from infnerf_ns.streaming.page_files import PageFiles
 from infnerf_ns.streaming.views import StreamedViews
 from infnerf_ns.tree_building import SOURCES, OctreeConfig, build_tree, log_tree, require_memory
+from infnerf_ns.tree_colors import level_colors, node_colors
 from infnerf_ns.validation import Range
 
 _NORMALS_PER_RAY = 4
@@ -313,14 +313,15 @@ class InfNeRFModel(Model):
         rays = camera_ray_bundle
         if rays.nears is None and self.near_planes is not None and not bool((rays.pixel_area == 1).any()):
             rays.nears = torch.full_like(rays.pixel_area, self.near_planes.of_image(rays.origins, rays.directions))
-        with (
-            nullcontext(self.footprint_scale)
-            if self.views is None
-            else self.views.image(rays, self.footprint_scale) as scale
-        ):
-            if scale != 1:
-                rays.metadata[ROUTING_SCALE] = torch.full_like(rays.pixel_area, scale)
-            return super().get_outputs_for_camera_ray_bundle(rays)
+        if self.views is None:
+            return self._image(rays, self.footprint_scale)
+        with self.views.image(rays, self.footprint_scale, self.get_outputs) as scale:
+            return self._image(rays, scale)
+
+    def _image(self, rays: RayBundle, routing_scale: float) -> dict[str, Tensor]:
+        if routing_scale != 1:
+            rays.metadata[ROUTING_SCALE] = torch.full_like(rays.pixel_area, routing_scale)
+        return super().get_outputs_for_camera_ray_bundle(rays)
 
     @torch.no_grad()
     def get_outputs_for_camera(self, camera: Cameras, obb_box: OrientedBox | None = None) -> dict[str, Tensor]:
@@ -359,8 +360,8 @@ class InfNeRFModel(Model):
 
         Returns:
             ``rgb [R, 3]``, ``accumulation``, ``depth`` (median) and ``expected_depth`` [R, 1]; in evaluation also
-            ``level [R, 3]`` (mean octree level as a colour, blue = root) and ``normals [R, 3]`` in 0..1; in training
-            what the losses need.
+            ``level [R, 3]`` (mean octree level as a colour, blue = root), ``node [R, 3]`` (a colour per node, of the
+            one that evaluates most of the ray) and ``normals [R, 3]`` in 0..1; in training what the losses need.
         """
         if self.training:
             # Half precision would turn the rays by pixels.
@@ -400,6 +401,7 @@ class InfNeRFModel(Model):
             outputs["ray_samples_list"] = [*samples_list, samples]
         else:
             outputs["level"] = self._level_color(routed, share, weights)
+            outputs["node"] = self._node_color(routed, share, weights)
             if self.config.render_normals:
                 outputs["normals"] = self._normal_color(
                     positions, footprints, weights, outputs["accumulation"], routing_scale
@@ -428,7 +430,20 @@ class InfNeRFModel(Model):
         level = share.new_zeros(weights.numel()).index_add(0, routed.order, share * octree.level[routed.node])
         total = (weights[..., 0] * level.reshape(weights.shape[:2])).sum(1)
         mean = total / weights.sum(dim=(1, 2)).clamp(min=1e-6)
-        return colormaps.apply_colormap((mean / max(octree.depth, 1))[:, None].clamp(0, 1))
+        return level_colors(mean, octree.depth)
+
+    def _node_color(
+        self, routed: Routed, share: Float[Tensor, "M2"], weights: Float[Tensor, "R S 1"]
+    ) -> Float[Tensor, "R 3"]:
+        """Colour of the node that has evaluated most of each ray's weight; black where there is none."""
+        octree = self.field.octree
+        larger = torch.nonzero(share >= 0.5)[:, 0]
+        node = routed.order.new_zeros(weights.numel())
+        node = node.index_copy(0, routed.order[larger], routed.node[larger]).reshape(weights.shape[:2])
+        held = ((node[:, :, None] == node[:, None]) * weights[:, None, :, 0]).sum(2)
+        most, place = held.max(dim=1, keepdim=True)
+        of_ray = node.gather(1, place)[:, 0]
+        return node_colors(octree.level[of_ray], octree.coords[of_ray]) * (most > 0)
 
     def _normal_color(
         self,
@@ -519,6 +534,7 @@ class InfNeRFModel(Model):
             "accumulation": colormaps.apply_colormap(outputs["accumulation"]),
             "depth": colormaps.apply_depth_colormap(outputs["depth"], accumulation=outputs["accumulation"]),
             "level": outputs["level"],
+            "node": outputs["node"],
         }
         if "normals" in outputs:
             images["normals"] = outputs["normals"]

@@ -5,6 +5,7 @@ import os
 os.environ.setdefault("NUMBA_NUM_THREADS", "4")  # the most that a test can ask for; read when numba is imported
 
 import random
+from pathlib import Path
 
 import hypothesis
 import numba
@@ -37,6 +38,15 @@ def trained(tmp_path_factory: pytest.TempPathFactory):  # noqa: ANN201
     from commands import trained_run
 
     return trained_run(tmp_path_factory.getbasetemp())
+
+
+@pytest.fixture(scope="session")
+def packed(trained) -> Path:  # noqa: ANN001
+    """The folder of that run, packed once by the real infnerf-pack; only to be read."""
+    from commands import Running
+
+    Running(["infnerf-pack", trained.folder], trained.workplace.logs / "pack").wait().succeeded()
+    return trained.folder.with_name(f"{trained.folder.name}-packed")
 
 
 @pytest.fixture

@@ -174,6 +174,21 @@ def test_frozen_nodes_are_all_that_is_drawn(packed: TinyPacked) -> None:
     assert int((ask(cache, packed, other) >= 0).sum()) >= int(packed.model.field.octree.level[other]) + 1
 
 
+def test_samples_say_up_to_which_scale_they_need_a_node(packed: TinyPacked) -> None:
+    cache, tree = packed.cache(nodes=50), packed.model.field.octree
+    node = leaf(packed)
+    unit, footprints = inside(packed, node, 4), torch.tensor([2.0, 3.0, 4.0, 8.0]) * tree.gsd(3)
+    with cache.asked_up_to() as asked:
+        cache.walk(unit, footprints, 99, "torch")
+    assert cache.counters.pages_read == 2, "to note what finer samples would need is not to load it"
+    assert asked[0] == torch.inf
+    for each in ancestors(packed, node):
+        assert asked[each] == pytest.approx(tree.gsd(int(tree.level[each]) - 1) / (2 * tree.gsd(3)))
+    assert set(torch.nonzero(asked)[1:, 0].tolist()) >= ancestors(packed, node)
+    cache.walk(unit, footprints / 100, 99, "torch")
+    assert asked[node] == pytest.approx(1.0), "only while it is asked for"
+
+
 def test_another_budget_keeps_what_was_used_last(packed: TinyPacked) -> None:
     cache = packed.cache(nodes=50)
     changed = []

@@ -104,6 +104,55 @@ def test_a_small_budget_draws_coarser_and_never_more(tmp_path: Path, capsys: pyt
     assert max(differences(packed.model, streamed, "close").values()) < 1e-4, "it is the picture of larger footprints"
 
 
+def test_what_is_hidden_takes_no_room(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rays end at the first surface: the nodes behind it can be touched, but are not."""
+    packed = tiny_packed(tmp_path)
+    solid = packed.load()
+    cache = solid.views.cache
+    cache.set_budget(cache.root_bytes + 20 * cache.page_bytes)
+    solid.get_outputs_for_camera(camera("perspective"))
+    probed = solid.views.last_frame
+    monkeypatch.setattr("infnerf_ns.streaming.views._PROBE_MARGIN", 1.0)  # the probe's answer is never used
+    solid.get_outputs_for_camera(camera("perspective"))
+    certain = solid.views.last_frame
+    assert 1 < probed.footprint_scale < certain.footprint_scale
+    assert certain.nodes_used < probed.nodes_used <= 21
+    assert cache.counters.peak_bytes <= cache.budget_bytes
+
+
+def test_nothing_pops_and_nothing_is_missing_on_a_flight(tmp_path: Path) -> None:
+    """Down to the scene under a budget, whose footprint scale goes up and down on the way: a still camera sees no
+    change, a ten-thousandth of the distance next to none, and no part is missing of what the whole model shows."""
+    packed = tiny_packed(tmp_path)
+    streamed = packed.load()
+    cache = streamed.views.cache
+    cache.set_budget(cache.root_bytes + 40 * cache.page_bytes)
+
+    def picture(distance: float, model: InfNeRFModel = streamed) -> dict[str, torch.Tensor]:
+        at = tiny_camera(CameraType.PERSPECTIVE, 300.0, 48, 32)
+        at.camera_to_worlds[0, :, 3] *= distance
+        return model.get_outputs_for_camera_ray_bundle(model.camera_rays(at))
+
+    scales, levels, changes = [], set(), []
+    for distance in (0.35 * 1.3**step for step in range(18)):
+        first, again, whole = picture(distance), picture(distance), picture(distance, packed.model)
+        assert torch.equal(first["rgb"], again["rgb"]), "a still camera"
+        covered = whole["accumulation"] > 0.9
+        assert bool((first["accumulation"][covered] > 0.5).all())
+        scales.append(streamed.views.last_frame.footprint_scale)
+        levels |= set(cache.octree.level[streamed.views.used].tolist())
+        changes.append(float((picture(1.0001 * distance)["rgb"] - first["rgb"]).abs().mean()))
+    assert max(scales) > 1.5 and min(scales) == 1.0 and levels == {0, 1, 2, 3}
+    jumps = []
+    for distance in (1.0, 3.0):
+        streamed.footprint_scale = 1.0
+        before = picture(distance)
+        streamed.footprint_scale = 2 * streamed.views.last_frame.footprint_scale
+        jumps.append(float((picture(distance)["rgb"] - before["rgb"]).abs().mean()))
+    assert max(changes) < 2e-4 and min(jumps) > 50 * max(changes), "a level that switches at once would be seen"
+    assert cache.counters.peak_bytes <= cache.budget_bytes
+
+
 def test_a_budget_below_the_root_still_draws_the_root(tmp_path: Path) -> None:
     packed = tiny_packed(tmp_path)
     streamed = packed.load()

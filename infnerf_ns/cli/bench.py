@@ -2,6 +2,8 @@
 
 import tyro
 
+from infnerf_ns.cli.bench_flyin import Flyin
+from infnerf_ns.cli.bench_memory import Memory
 from infnerf_ns.cli.bench_nodes import Nodes
 from infnerf_ns.cli.bench_quality import Quality
 from infnerf_ns.cli.bench_scaling import Scaling
@@ -10,5 +12,12 @@ from infnerf_ns.cli.bench_speed import Speed
 
 def entrypoint() -> None:
     """The console script."""
-    commands = {"quality": Quality, "scaling": Scaling, "speed": Speed, "nodes": Nodes}
+    commands = {
+        "quality": Quality,
+        "scaling": Scaling,
+        "speed": Speed,
+        "nodes": Nodes,
+        "memory": Memory,
+        "flyin": Flyin,
+    }
     tyro.extras.subcommand_cli_from_dict(commands).main()

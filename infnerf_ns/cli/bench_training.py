@@ -120,7 +120,7 @@ class Training:
             sum(map(_bytes, self._parameters())),
             sum(map(_bytes, self._state())),
             self._resident,
-            _peak_bytes(),
+            peak_bytes(),
             _bytes(self._rays.pyramid.pixels),
         )
 
@@ -184,7 +184,8 @@ def resident_bytes(tensors: list[Tensor]) -> int:
     return total
 
 
-def _peak_bytes() -> int:
+def peak_bytes() -> int:
+    """Largest resident size of this process so far."""
     status = Path("/proc/self/status")
     if status.exists():  # getrusage would begin with the peak of the parent
         (line,) = (line for line in status.read_text().splitlines() if line.startswith("VmHWM"))

@@ -30,7 +30,6 @@ from infnerf_ns.errors import InputError
 from infnerf_ns.kernels import Backend
 from infnerf_ns.octree import Octree
 from infnerf_ns.streaming.page_files import PageError, PageFiles, to_float
-from infnerf_ns.streaming.selection import fitting_scale
 from infnerf_ns.validation import warn
 
 BUDGET_VARIABLE = "INFNERF_BUDGET_MIB"
@@ -88,6 +87,7 @@ class NodeCache:
         self._waiting: set[int] = set()
         self._wanted: set[int] = set()
         self._told = False
+        self._asked: Float[Tensor, "N"] | None = None
         count = octree.num_nodes
         self._parent, self._level = octree.parent.cpu(), octree.level.cpu()
         self._slot = torch.full((count,), -1)
@@ -207,6 +207,8 @@ class NodeCache:
         self, unit: Float[Tensor, "M 3"], footprints: Float[Tensor, "M"] | None, max_level: int, backend: Backend
     ) -> Int[Tensor, "M K"]:
         """:meth:`Octree.route` in the slot tree, after the nodes on the way have been loaded, as far as they can be."""
+        if self._asked is not None and footprints is not None:
+            self._note(self._asked, unit, footprints, max_level, backend)
         path = self.octree.route(unit, footprints, max_level, backend)
         needed = self._on_paths(path)
         now = next(self._clock)
@@ -224,6 +226,31 @@ class NodeCache:
         # -1 (below the sample's own node) finds the last entry, which is -1.
         return torch.take(self._number, path)
 
+    @contextmanager
+    def asked_up_to(self) -> Iterator[Float[Tensor, "N"]]:
+        """Notes, while it lasts, up to which scale of their footprints the samples of walks touch each node, as
+        :func:`.selection.touched_up_to` does it for all places where samples can be; the root's is infinite."""
+        self._asked = torch.zeros(self.octree.num_nodes, device=self.device)
+        self._asked[0] = torch.inf
+        try:
+            yield self._asked
+        finally:
+            self._asked = None
+
+    def _note(
+        self,
+        asked: Float[Tensor, "N"],
+        unit: Float[Tensor, "M 3"],
+        footprints: Float[Tensor, "M"],
+        max_level: int,
+        backend: Backend,
+    ) -> None:
+        path = self.octree.route(unit, None, max_level, backend)
+        for level in range(1, path.shape[1]):
+            there = torch.nonzero(path[:, level] >= 0)[:, 0]
+            scale = self.octree.gsd(level - 1) / footprints[there].clamp(min=1e-20)
+            asked.scatter_reduce_(0, path[there, level], scale, "amax")
+
     def _on_paths(self, path: Int[Tensor, "M K"]) -> Int[Tensor, "n"]:
         """The nodes on the paths without the root, parents first."""
         on = torch.zeros(self.octree.num_nodes, dtype=torch.bool, device=path.device)
@@ -236,13 +263,9 @@ class NodeCache:
         on[0] = False
         return torch.nonzero(on)[:, 0]
 
-    def coarsening(self, touched: Float[Tensor, "N"], footprint_scale: float) -> float:
-        """The footprint scale at which a view's nodes (:func:`.selection.touched_up_to`) fit into the budget, at least
-        the one asked for; the first time that it must be above, it is said."""
-        scale = max(footprint_scale, fitting_scale(touched, self.capacity))
-        if scale > footprint_scale:
-            self._say_short(f"views are drawn coarser, this one as if footprints were {scale:.3g} times as large")
-        return scale
+    def say_coarser(self, footprint_scale: float) -> None:
+        """Says, the first time, that the budget is too small for what a view asks for."""
+        self._say_short(f"views are drawn coarser, this one as if footprints were {footprint_scale:.3g} times as large")
 
     def _say_short(self, consequence: str) -> None:
         if not self._told:
@@ -280,7 +303,6 @@ class NodeCache:
 
     def _fetch_wanted(self) -> None:
         """Loads what frames that do not wait have missed, coarse nodes first."""
-        before = self.counters.pages_read
         with self._lock:
             wanted, self._wanted = sorted(self._wanted), set()
         oldest = self._oldest_frame()
@@ -291,12 +313,12 @@ class NodeCache:
             if not self._make_resident(node, oldest, frozenset(wanted)):
                 break
         self._publish()
-        if self.counters.pages_read > before and self.on_arrival is not None:
+        if self.on_arrival is not None and any(int(self._slot[node]) >= 0 for node in wanted):
             self.on_arrival()
 
     def _fetch_ahead(self, nodes: list[int]) -> None:
         oldest, keep = self._oldest_frame(), frozenset(nodes)
-        for node in nodes:
+        for node in nodes if self._frozen is None else ():
             before = self.counters.pages_read
             if self._waiting or not self._make_resident(node, oldest, keep):
                 break

@@ -14,14 +14,18 @@ from nerfstudio.cameras.cameras import Cameras
 from nerfstudio.cameras.rays import RayBundle
 from torch import Tensor
 
-from infnerf_ns.sampler import ORTHOGRAPHIC_FOOTPRINT
+from infnerf_ns.sampler import ORTHOGRAPHIC_FOOTPRINT, ROUTING_SCALE
 from infnerf_ns.streaming.node_cache import NodeCache
-from infnerf_ns.streaming.selection import touched_up_to, view_tiles
+from infnerf_ns.streaming.selection import fitting_scale, touched_up_to, view_tiles
 
 _REGION_RAYS = 2048
 """Rays from different places that are rendered at once: their nodes must fit into the budget together."""
 _LOOK_AHEAD_WIDTH = 96
 """Pixels across the rays that stand for the next image's."""
+_PROBE_RAYS = 4096
+"""About so many rays of an image tell which nodes its samples touch, before it is rendered."""
+_PROBE_MARGIN = 0.1
+"""Share of the pages left free for nodes that none of these rays has touched."""
 
 
 @dataclass
@@ -77,12 +81,15 @@ class StreamedViews:
         return touched_up_to(octree, tiles, self._sharpening)
 
     @contextmanager
-    def image(self, rays: RayBundle, footprint_scale: float) -> Iterator[float]:
+    def image(
+        self, rays: RayBundle, footprint_scale: float, render: Callable[[RayBundle], dict[str, Tensor]]
+    ) -> Iterator[float]:
         """While an image is rendered; writes a report at its end.
 
         Args:
             rays: of the image, [H, W].
             footprint_scale: that is asked for.
+            render: renders flat rays.
 
         Gives:
             The footprint scale to route by, larger where the memory budget asks for it.
@@ -91,8 +98,8 @@ class StreamedViews:
         with self.cache.frame() as began:
             known = not bool((rays.pixel_area == 1).any())  # texture export names no pixels: it takes what it gets
             touched = self.touched_up_to(rays) if known else None
-            scale = footprint_scale if touched is None else self.cache.coarsening(touched, footprint_scale)
             before = self.cache.counters.bytes_read
+            scale = footprint_scale if touched is None else self._fitting(rays, touched, footprint_scale, render)
             yield scale
             self.used = self.cache.used_since(began)
             self.in_view = self.used if touched is None else (touched > footprint_scale).cpu()
@@ -107,6 +114,34 @@ class StreamedViews:
                 footprint_scale=scale,
                 coarsened=scale > footprint_scale,
             )
+
+    def _fitting(
+        self,
+        rays: RayBundle,
+        touched: Float[Tensor, "N"],
+        footprint_scale: float,
+        render: Callable[[RayBundle], dict[str, Tensor]],
+    ) -> float:
+        """The footprint scale at which an image fits into the budget, at least the one asked for.
+
+        The nodes that rays can touch are more than their samples do touch, as most rays end at the first surface. So
+        where they do not fit, some of the rays are rendered, coarse enough to fit for certain, and their samples say
+        how fine it can be. Rays that they do not stand for may still need more than there is room for: then pages are
+        read again, and the image is as it should be.
+        """
+        certain = fitting_scale(touched, self.cache.capacity)
+        if certain <= footprint_scale:
+            return footprint_scale
+        step = max(1, round((len(rays) / _PROBE_RAYS) ** 0.5))
+        probe = rays[step // 2 :: step, step // 2 :: step].flatten()
+        probe.metadata[ROUTING_SCALE] = torch.full_like(probe.pixel_area, certain)
+        with self.cache.asked_up_to() as asked:
+            render(probe)
+        fitting = certain * fitting_scale(asked, int((1 - _PROBE_MARGIN) * self.cache.capacity))
+        scale = max(footprint_scale, min(certain, fitting))
+        if scale > footprint_scale:
+            self.cache.say_coarser(scale)
+        return scale
 
     def expect_next(
         self, camera: Cameras, camera_rays: Callable[[Cameras], RayBundle], footprint_scale: float = 1.0
@@ -141,7 +176,7 @@ class StreamedViews:
         rays = camera_rays(small)
         rays.pixel_area = factor**2 * rays.pixel_area  # of the image that it stands for
         touched = self.touched_up_to(rays)
-        nodes = touched > self.cache.coarsening(touched, footprint_scale)
+        nodes = touched > max(footprint_scale, fitting_scale(touched, self.cache.capacity))
         self.cache.prefetch(torch.nonzero(nodes)[:, 0])
 
     def by_region(self, rays: RayBundle, render: Callable[[RayBundle], dict[str, Tensor]]) -> dict[str, Tensor]:

@@ -1,0 +1,280 @@
+"""``infnerf-bench memory``: how much of the model a view needs while the demo town grows.
+
+Every town has the cameras, SfM points and tree of ``ns-train ... infnerf-demo --size N`` and is trained in small steps
+on rays cast into the town, whose depths are told to the density (:func:`.bench_training.depth_loss`), until its samples
+lie on its surfaces. Then it is packed as ``infnerf-pack`` does it, and every view is rendered in a fresh process that
+starts with the small checkpoint alone: counted are the pages that its samples touch. Views stand in the middle of the
+town: in a street, above a roof with all of the town before it, and as far above that the whole town is in the picture.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import multiprocessing
+import tempfile
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import numpy as np
+import psutil
+import torch
+import torchvision
+from jaxtyping import Float, UInt8
+from nerfstudio.cameras.cameras import Cameras, CameraType
+from nerfstudio.data.scene_box import SceneBox
+from rich.console import Console
+from rich.progress import track
+from rich.table import Table
+
+from infnerf_ns.cli.bench_machine import describe_machine
+from infnerf_ns.cli.bench_output import table_and_plot, write_table
+from infnerf_ns.cli.bench_town import Town, TownRays, survey_town
+from infnerf_ns.cli.bench_trainer import StepTrainer
+from infnerf_ns.cli.bench_training import depth_loss, peak_bytes
+from infnerf_ns.data.demo_dataparser import MAX_SIZE, METRES_PER_UNIT
+from infnerf_ns.data.demo_scene import DemoSceneOptions
+from infnerf_ns.data.demo_scene.flight import look_at
+from infnerf_ns.data.demo_scene.raycaster import make_raycaster
+from infnerf_ns.data.demo_scene.town import BLOCK, build_town
+from infnerf_ns.data.sfm import SfMScene
+from infnerf_ns.errors import InputError
+from infnerf_ns.model import InfNeRFModel, InfNeRFModelConfig
+from infnerf_ns.presets import load_preset
+from infnerf_ns.streaming.packing import small_state, write_pages
+from infnerf_ns.streaming.page_files import PAGES
+from infnerf_ns.streaming.views import FrameReport
+
+VIEWS = ("street", "roof", "above")
+_MIB = 2**20
+_STATE = "small.pt"
+
+
+@dataclass
+class Memory:
+    """Memory of a view while the demo town grows: nodes and bytes that a street view, a view from a roof and one from
+    far above need of a packed model."""
+
+    sizes: tuple[int, ...] = (1, 2, 4, 8)
+    """Blocks per side of the towns."""
+    steps: int = 2000
+    """Training steps per town."""
+    rays: int = 1024
+    """Rays per step."""
+    width: int = 960
+    """Of the views, in pixels."""
+    height: int = 540
+    """Of the views, in pixels."""
+    preset: str = "infnerf-big"
+    """A preset, or a YAML file."""
+    seed: int = 0
+    """Of the towns."""
+    output: Path = Path("memory")
+    """Table, plot and pictures: this name with .csv, .png and _views.png."""
+
+    def main(self) -> None:
+        """Builds, trains and packs the towns, renders the views, prints a table and writes it, a plot and pictures."""
+        self._check()
+        print(describe_machine())
+        print(f"{self.preset}, {self.steps} steps of {self.rays} rays, views of {self.width}x{self.height}", flush=True)
+        table, plot = table_and_plot(self.output)
+        rows: list[dict] = []
+        pictures = []
+        for size in self.sizes:
+            with tempfile.TemporaryDirectory() as folder:
+                config = load_preset(self.preset, "cpu").pipeline.model
+                self._train_and_pack(size, Path(folder), config)
+                rendered = [self._render(Path(folder), config, pose) for pose in town_views(size, self.seed)]
+            rows += [_row(size, view, each) for view, each in zip(VIEWS, rendered)]
+            pictures.append(torch.cat([torch.from_numpy(each.rgb) for each in rendered], dim=1))
+            for row in rows[-len(VIEWS) :]:
+                print(_line(row), flush=True)
+            write_table(rows, table)
+        _print_table(rows)
+        _plot(rows, plot, f"{self.preset}, {self.width}x{self.height} pixels")
+        views = self.output.with_name(f"{self.output.name}_views.png")
+        torchvision.utils.save_image(torch.cat(pictures).permute(2, 0, 1).float() / 255, views)
+        print(f"infnerf: wrote {table}, {plot} and {views}")
+
+    def _check(self) -> None:
+        sizes = self.sizes
+        if not sizes or list(sizes) != sorted(set(sizes)) or sizes[0] < 1 or sizes[-1] > MAX_SIZE:
+            raise InputError(f"--sizes {' '.join(map(str, sizes))}: give rising numbers, 1 to {MAX_SIZE}")
+        for name in ("steps", "rays", "width", "height"):
+            if getattr(self, name) < 1:
+                raise InputError(f"--{name} {getattr(self, name)}: give 1 or more")
+        if self.seed < 0:
+            raise InputError(f"--seed {self.seed}: give 0 or more")
+
+    def _train_and_pack(self, size: int, folder: Path, config: InfNeRFModelConfig) -> None:
+        preset = load_preset(self.preset, "cpu")
+        town = survey_town(size, self.seed, preset.pipeline.datamanager, self.rays, self.steps)
+        config.octree.level_start_steps = self.steps // (config.octree.max_level + 2)
+        with contextlib.redirect_stdout(io.StringIO()):  # the tree's table
+            trainer = StepTrainer(config, town.scene, len(town.cameras), preset.optimizers)
+        needed, free = 4 * _model_bytes(trainer.model), psutil.virtual_memory().available
+        if needed > free:
+            raise InputError(
+                f"--sizes {' '.join(map(str, self.sizes))}: to train the town of {size} blocks per side takes"
+                f" {needed / 2**30:.1f} GiB, but only {free / 2**30:.1f} GiB of memory are free: leave it out"
+            )
+        rays = TownRays(town.cameras, preset.pipeline.datamanager)
+        for step in track(range(self.steps), f"training in a town of {size} x {size} blocks", transient=True):
+            trainer.step(step, *rays(town, step), depth_loss)
+        pack_model(trainer.model, town, folder)
+
+    def _render(self, folder: Path, config: InfNeRFModelConfig, pose: Float[np.ndarray, "3 4"]) -> Rendered:
+        """A view in a fresh process."""
+        with multiprocessing.get_context("spawn").Pool(1) as pool:
+            return pool.apply(render_view, (folder, config, pose, self.width, self.height))
+
+
+@dataclass
+class Rendered:
+    """A view, and what it took."""
+
+    nodes: int
+    """of the whole model"""
+    model_bytes: int
+    """of the whole model"""
+    report: FrameReport
+    """of the view"""
+    idle_bytes: int
+    """largest resident size of the process before the view"""
+    peak_bytes: int
+    """and with it"""
+    rgb: UInt8[np.ndarray, "H W 3"]
+    """the picture"""
+
+
+def pack_model(model: InfNeRFModel, town: Town, folder: Path) -> None:
+    """Writes the pages of a model that is in memory, and what else it takes to load it."""
+    octree, layout = model.field.octree, model.field.pages
+    state = {name: value.detach() for name, value in model.state_dict().items()}
+    checksums, _ = write_pages(state, octree, layout, folder / PAGES, False, iter)
+    torch.save((len(town.cameras), small_state(state, octree, layout, checksums)), folder / _STATE)
+
+
+def render_view(
+    folder: Path, config: InfNeRFModelConfig, pose: Float[np.ndarray, "3 4"], width: int, height: int
+) -> Rendered:
+    """Loads what :func:`pack_model` wrote and renders one view, with as much memory as it asks for."""
+    photos, state = torch.load(folder / _STATE, weights_only=True)
+    config.streaming.pages, config.streaming.budget_mib = folder / PAGES, 1 << 20
+    scene, box = SfMScene.placeholder(), SceneBox(torch.tensor([[-1.0] * 3, [1.0] * 3]))
+    with contextlib.redirect_stdout(io.StringIO()):
+        model: InfNeRFModel = config.setup(
+            scene_box=box, num_train_data=photos, metadata={"sfm_scene": scene}, device="cpu", grad_scaler=None
+        )
+    model.load_state_dict(state)
+    model.eval()
+    idle = peak_bytes()
+    outputs = model.get_outputs_for_camera(view_camera(pose, width, height))
+    cache, report = model.views.cache, model.views.last_frame
+    rgb = (outputs["rgb"].clamp(0, 1) * 255).round().to(torch.uint8).numpy()
+    return Rendered(cache.octree.num_nodes, cache.model_bytes, report, idle, peak_bytes(), rgb)
+
+
+def view_camera(pose: Float[np.ndarray, "3 4"], width: int, height: int) -> Cameras:
+    """A camera with the field of view of the demo scene's photos."""
+    lens = DemoSceneOptions(1).lens
+    focal = lens.focal / lens.width * width
+    pose = torch.from_numpy(pose.astype(np.float32))[None]
+    return Cameras(pose, focal, focal, width / 2, height / 2, width, height, camera_type=CameraType.PERSPECTIVE)
+
+
+def town_views(size: int, seed: int) -> list[Float[np.ndarray, "3 4"]]:
+    """Poses of :data:`VIEWS` in scene units: in the street next to the middle of the town, above the house next to it,
+    and above all of it."""
+    town = build_town(size, seed)
+    street = 0.0 if size % 2 == 0 else BLOCK / 2
+    inwards = -1.0 if size % 2 else 1.0
+    poses = [look_at(np.array([-8.0, street + 0.8, 2.2]), np.array([12.0, street + 3.0 * inwards, 2.6]))]
+    house = int(np.argmin(np.linalg.norm(town.facades.foot, axis=-1)))
+    top = _height_over(town.mesh.corners, town.facades.foot[house] - 2 * town.facades.outward[house])
+    roof = town.facades.foot[house] * np.array([1, 1, 0]) + np.array([0, 0, top + 4.0])
+    poses.append(look_at(roof, np.array([town.half_side, town.half_side, 0.0])))
+    poses.append(look_at(np.array([0.0, -1.6 * town.half_side, 2.0 * town.half_side + 15]), np.zeros(3)))
+    for pose in poses:
+        pose[:, 3] /= METRES_PER_UNIT
+    return poses
+
+
+def _height_over(corners: np.ndarray, place: np.ndarray) -> float:
+    """Of the town at a place, metres."""
+    start = np.array([[place[0], place[1], 200.0]], np.float32)
+    _, depth = make_raycaster(corners).cast(start, np.array([[0, 0, -1.0]], np.float32))
+    return 200.0 - float(depth[0])
+
+
+def _model_bytes(model: InfNeRFModel) -> int:
+    return sum(model.field.pages.memory_bytes(model.field.octree, training=False))
+
+
+def _row(size: int, view: str, rendered: Rendered) -> dict:
+    report = asdict(rendered.report)
+    return {
+        "size": size,
+        "area": size**2,
+        "view": view,
+        "nodes": rendered.nodes,
+        "model_mib": round(rendered.model_bytes / _MIB, 2),
+        "nodes_in_view": report["nodes_in_view"],
+        "nodes_used": report["nodes_used"],
+        "resident_mib": round(report["bytes_used"] / _MIB, 2),
+        "share": round(report["bytes_used"] / rendered.model_bytes, 5),
+        "read_mib": round(report["bytes_read"] / _MIB, 2),
+        "process_idle_mib": round(rendered.idle_bytes / _MIB),
+        "process_peak_mib": round(rendered.peak_bytes / _MIB),
+        "seconds": round(report["seconds"], 2),
+    }
+
+
+def _line(row: dict) -> str:
+    return (
+        f"area x{row['area']}, {row['view']}: {row['nodes_used']} of {row['nodes']} nodes,"
+        f" {row['resident_mib']:.0f} of {row['model_mib']:.0f} MiB ({100 * row['share']:.1f} %)"
+    )
+
+
+def _print_table(rows: list[dict]) -> None:
+    table = Table(title="memory of a view (MiB); process: its largest size before the view and with it")
+    for name in ("area", "view", "nodes", "in view", "used", "model", "resident", "share", "process"):
+        table.add_column(name, justify="right")
+    for row in rows:
+        table.add_row(
+            f"x{row['area']}",
+            row["view"],
+            f"{row['nodes']:,}",
+            str(row["nodes_in_view"]),
+            str(row["nodes_used"]),
+            f"{row['model_mib']:,.0f}",
+            f"{row['resident_mib']:,.0f}",
+            f"{100 * row['share']:.1f} %",
+            f"{row['process_idle_mib']:,} to {row['process_peak_mib']:,}",
+        )
+    Console(width=120).print(table)
+
+
+def _plot(rows: list[dict], path: Path, title: str) -> None:
+    """Bytes over the area: of the model and of each view."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, axis = pyplot.subplots(figsize=(6.4, 4.2))
+    first = [row for row in rows if row["view"] == VIEWS[0]]
+    axis.plot([row["area"] for row in first], [row["model_mib"] for row in first], "ks-", label="whole model")
+    for view in VIEWS:
+        own = [row for row in rows if row["view"] == view]
+        axis.plot([row["area"] for row in own], [row["resident_mib"] for row in own], "o-", label=f"view: {view}")
+    area = [row["area"] for row in first]
+    axis.set(xscale="log", yscale="log", xlabel="area of the town (blocks)", ylabel="MiB in memory", title=title)
+    axis.set_xticks(area, [f"{each}\n{row['nodes']} nodes" for each, row in zip(area, first)])
+    axis.minorticks_off()
+    axis.grid(alpha=0.3)
+    axis.legend()
+    figure.tight_layout()
+    figure.savefig(path, dpi=110)
+    pyplot.close(figure)
