@@ -29,6 +29,7 @@ from infnerf_ns.data.pyramid import level_name
 from infnerf_ns.data.pyramid_datamanager import PyramidDataManager, PyramidDataManagerConfig
 from infnerf_ns.model import APPEARANCE, InfNeRFModel, InfNeRFModelConfig
 from infnerf_ns.validation import Range
+from infnerf_ns.viewer import OctreeViewer
 
 
 @dataclass
@@ -60,6 +61,8 @@ class InfNeRFPipeline(VanillaPipeline):
         if self.model.near_planes is not None:
             # The method, as the module would become part of the data manager, which is one too, and be saved twice.
             self.datamanager.near_planes = self.model.near_planes.forward
+        self.octree_viewer = OctreeViewer(self.model)
+        """found by nerfstudio's viewer"""
 
     @property
     def model(self) -> InfNeRFModel:
@@ -151,7 +154,8 @@ class InfNeRFPipeline(VanillaPipeline):
         """One held-out photo, at every pyramid level."""
         self.eval()
         camera, batch = self.datamanager.next_eval_image(step)
-        metrics, images = self.evaluate_photo(camera, batch)
+        with self.octree_viewer.measuring():
+            metrics, images = self.evaluate_photo(camera, batch)
         del metrics["num_rays_per_sec"]  # the trainer reports it from num_rays
         self.train()
         return metrics, images
@@ -180,7 +184,8 @@ class InfNeRFPipeline(VanillaPipeline):
         with Progress(*columns, transient=True) as progress:
             task = progress.add_task("[green]Evaluating all images at all pyramid levels...", total=len(data_loader))
             for number, (camera, batch) in enumerate(data_loader):
-                metrics, images = self.evaluate_photo(camera, batch)
+                with self.octree_viewer.measuring():
+                    metrics, images = self.evaluate_photo(camera, batch)
                 metrics["fps"] = metrics["num_rays_per_sec"] / metrics.pop("num_rays")
                 rows.append(metrics)
                 for name, image in images.items() if output_path is not None else ():

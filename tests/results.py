@@ -8,6 +8,7 @@ import numpy as np
 from commands import TOWN, Trained
 from nerfstudio.data.dataparsers.base_dataparser import DataparserOutputs
 from PIL import Image
+from scipy.spatial import cKDTree
 
 from infnerf_ns.data.demo_dataparser import InfNeRFDemoDataParserConfig
 
@@ -27,3 +28,11 @@ def town(trained: Trained, split: str) -> DataparserOutputs:
 
 def correlation(a: np.ndarray, b: np.ndarray) -> float:
     return float(np.corrcoef(a.ravel(), b.ravel())[0, 1])
+
+
+def share_on_surface(points: np.ndarray, trained: Trained) -> float:
+    """Share of the points above the town's block that lie within 2 m of a surface point of the town."""
+    core = points[(np.abs(points[:, :2]) < 0.8).all(axis=1)]
+    assert len(core) > 300
+    surface = cKDTree(town(trained, "train").metadata["points3D_xyz"].numpy())
+    return float((surface.query(core)[0] < 0.05).mean())

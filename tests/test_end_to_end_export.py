@@ -13,8 +13,7 @@ import torch
 import trimesh
 from commands import TOWN, Trained, run_all
 from nerfstudio.cameras.rays import RayBundle
-from results import picture, town
-from scipy.spatial import cKDTree
+from results import picture, share_on_surface, town
 
 from infnerf_ns.sampler import LoDSampler, SamplerConfig
 
@@ -39,14 +38,6 @@ def exports(trained: Trained) -> Path:
     for finished in run_all(commands, trained.workplace.logs).values():
         finished.succeeded()
     return folder
-
-
-def share_on_surface(points: np.ndarray, trained: Trained) -> float:
-    """Share of the points above the town's block that lie within 2 m of a surface point of the town."""
-    core = points[(np.abs(points[:, :2]) < 0.8).all(axis=1)]
-    assert len(core) > 300
-    surface = cKDTree(town(trained, "train").metadata["points3D_xyz"].numpy())
-    return float((surface.query(core)[0] < 0.05).mean())
 
 
 def test_exported_points_lie_on_the_town(exports: Path, trained: Trained) -> None:

@@ -19,7 +19,7 @@ needs_ffmpeg = pytest.mark.skipif(
     shutil.which("ffmpeg") is None, reason="ffmpeg is not installed: ns-render refuses to make videos and camera paths"
 )
 
-OUTPUTS = ("rgb", "depth", "expected_depth", "accumulation", "level", "normals")
+OUTPUTS = ("rgb", "depth", "expected_depth", "accumulation", "level", "node", "normals")
 CAMERAS = {"perspective": (WIDTH, HEIGHT), "fisheye": (HEIGHT, HEIGHT), "equirectangular": (4 * WIDTH, 2 * WIDTH)}
 LOOKED_FROM = 28  # number of a train photo: straight down on the town
 

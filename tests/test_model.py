@@ -93,7 +93,7 @@ def test_every_camera_is_rendered(kind: str, blend: bool) -> None:
     model.config.eval_num_rays_per_chunk = 50  # two chunks
     camera = tiny_camera(*CAMERAS[kind])
     outputs = model.get_outputs_for_camera(camera)
-    channels = {"rgb": 3, "accumulation": 1, "depth": 1, "expected_depth": 1, "level": 3, "normals": 3}
+    channels = {"rgb": 3, "accumulation": 1, "depth": 1, "expected_depth": 1, "level": 3, "node": 3, "normals": 3}
     assert {name: tuple(value.shape) for name, value in outputs.items()} == {
         name: (8, 12, count) for name, count in channels.items()
     }
@@ -213,7 +213,7 @@ def test_images_and_metrics_of_a_photo() -> None:
     outputs = model.get_outputs_for_camera(tiny_camera(CameraType.PERSPECTIVE, 20.0, 24, 16))
     metrics, images = model.get_image_metrics_and_images(outputs, {"image": outputs["rgb"] + 0.1})
     assert metrics["psnr"] == pytest.approx(20.0, abs=1e-3)
-    assert set(images) == {"img", "accumulation", "depth", "level", "normals"}
+    assert set(images) == {"img", "accumulation", "depth", "level", "node", "normals"}
     assert images["img"].shape == (16, 48, 3)
 
 

@@ -1,0 +1,319 @@
+"""What nerfstudio's viewer shows of an octree: its wireframe, controls of the level of detail and of a packed model's
+memory, and pictures that sharpen as nodes arrive."""
+
+from __future__ import annotations
+
+import math
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from jaxtyping import Bool
+from nerfstudio.viewer.render_state_machine import RenderAction
+from nerfstudio.viewer.utils import get_camera
+from nerfstudio.viewer.viewer import VISER_NERFSTUDIO_SCALE_RATIO, Viewer
+from nerfstudio.viewer.viewer_elements import ViewerControl
+from torch import Tensor
+from viser import GlbHandle, GuiDropdownHandle, GuiFolderHandle, GuiInputHandle, GuiMarkdownHandle
+
+from infnerf_ns.model import InfNeRFModel
+from infnerf_ns.octree import Octree
+from infnerf_ns.streaming.node_cache import NodeCache
+from infnerf_ns.tree_colors import level_colors
+from infnerf_ns.wireframe import cube_edges, lines_gltf
+
+_LOOK_EVERY = 0.2
+"""Seconds between two looks at what there is to show. Asking beats being told: a render thread may be interrupted at
+any line, also within what it tells."""
+_FINEST_BIAS, _COARSEST_BIAS = -2.0, 4.0
+_MIB = 2**20
+ALL, IN_VIEW, USED, RESIDENT = "all", "in view", "used", "resident"
+"""Which nodes the wireframe shows."""
+
+
+class Selection(NamedTuple):
+    """Nodes of one image of a packed model."""
+
+    used: Bool[Tensor, "N"]
+    """that its samples have touched"""
+    in_view: Bool[Tensor, "N"]
+    """that its rays can touch at full detail"""
+
+
+@dataclass
+class _Panel:
+    """The controls on the page."""
+
+    folder: GuiFolderHandle
+    status: GuiMarkdownHandle
+    wireframe: GuiInputHandle[bool]
+    levels: GuiDropdownHandle[str]
+    nodes: GuiDropdownHandle[str]
+    bias: GuiInputHandle[float]
+    max_level: GuiInputHandle[int] | None = None
+    budget: GuiInputHandle[int] | None = None
+    freeze: GuiInputHandle[bool] | None = None
+
+
+@dataclass
+class _Drawn:
+    """The wireframe of one level on the page."""
+
+    nodes: list[int] = field(default_factory=list)
+    handle: GlbHandle | None = None
+
+
+class StillCameras:
+    """Notices when cameras stop moving."""
+
+    def __init__(self) -> None:
+        self._looks: dict[int, tuple[object, int]] = {}
+
+    def just_stopped(self, number: int, view: object) -> bool:
+        """Whether this is the second look in a row, and no later one, at which camera ``number`` shows ``view``."""
+        before, looks = self._looks.get(number, (None, 0))
+        self._looks[number] = view, looks + 1 if view == before else 1
+        return self._looks[number][1] == 2
+
+
+class OctreeViewer(ViewerControl):
+    """The controls "Octree" of the viewer; does nothing until a viewer has found it in the pipeline.
+
+    Args:
+        model: which is shown.
+    """
+
+    def __init__(self, model: InfNeRFModel) -> None:
+        self._model = model
+        self._panel: _Panel | None = None
+        self._tree: Octree | None = None
+        self._drawn: dict[int, _Drawn] = {}
+        self._frozen: Selection | None = None
+        self._measuring = False
+        self._still = StillCameras()
+        self._page = threading.RLock()
+
+    def _setup(self, viewer: Viewer) -> None:
+        """Called once by nerfstudio's viewer: puts the controls on the page."""
+        super()._setup(viewer)
+        if self._cache is not None:
+            self._cache.waits = False
+            self._cache.on_arrival = self._render_again_sharply
+        self.refresh()
+        threading.Thread(target=self._keep_looking, name="octree-viewer", daemon=True).start()
+
+    @property
+    def _cache(self) -> NodeCache | None:
+        return None if self._model.views is None else self._model.views.cache
+
+    @contextmanager
+    def measuring(self) -> Iterator[None]:
+        """While it lasts, images are rendered as without a viewer: what its user has chosen must not reach metrics."""
+        self._measuring = True
+        self._apply()
+        try:
+            yield
+        finally:
+            self._measuring = False
+            self._apply()
+
+    def _apply(self) -> None:
+        """Hands the level of detail to the model."""
+        with self._page:
+            panel = self._panel
+            if panel is None:
+                return
+            cap = None if panel.max_level is None else int(panel.max_level.value)
+            self._model.footprint_scale = 1.0 if self._measuring else 2.0 ** float(panel.bias.value)
+            self._model.field.level_cap = None if self._measuring or cap == self._model.field.whole_tree.depth else cap
+
+    # -- pictures
+
+    def _render_again(self, *_: Any) -> None:
+        self._apply()
+        self.viewer._trigger_rerender()
+
+    def _render_again_sharply(self) -> None:
+        """In full resolution, and not before the picture under way is finished, so that nothing flickers; the loader of
+        the nodes calls it."""
+        if not self.viewer.ready:
+            return
+        for number, client in self.viser_server.get_clients().items():
+            machine = self.viewer.render_statemachines.get(number)
+            if machine is not None:
+                machine.action(RenderAction("step", self.viewer.get_camera_state(client)))
+
+    def look_ahead(self) -> None:
+        """Has the nodes loaded that a large picture needs where a camera has stopped; the small ones that are drawn
+        while it moves need few. So the first large picture need not be drawn again when they have come."""
+        if self._cache is None or self._frozen is not None:
+            return
+        longest, scale = int(self.viewer.control_panel.max_res), self._model.footprint_scale
+        for number, client in self.viser_server.get_clients().items():
+            state = self.viewer.get_camera_state(client)
+            view = (state.c2w.tolist(), state.fov, state.aspect, longest, scale, self._cache.budget_bytes)
+            if self._still.just_stopped(number, view):
+                width, height = min(longest, longest * state.aspect), min(longest, longest / state.aspect)
+                camera = get_camera(state, int(height), int(width)).to(self._model.device)
+                self._model.views.prefetch(camera, self._model.camera_rays, scale)
+
+    def _freeze(self, *_: Any) -> None:
+        views, panel = self._model.views, self._panel
+        assert views is not None and panel is not None and panel.freeze is not None
+        frozen = panel.freeze.value and views.used is not None and views.in_view is not None
+        self._frozen = Selection(views.used.clone(), views.in_view.clone()) if frozen else None
+        views.cache.freeze(None if self._frozen is None else self._frozen.used)
+        self._render_again()
+
+    def _set_budget(self, *_: Any) -> None:
+        assert self._cache is not None and self._panel is not None and self._panel.budget is not None
+        self._cache.set_budget(int(self._panel.budget.value) * _MIB)
+        self._render_again()
+
+    # -- the page
+
+    def _keep_looking(self) -> None:
+        wait = threading.Event()
+        while not wait.wait(_LOOK_EVERY):
+            self.look_ahead()
+            self.refresh()
+
+    def refresh(self, *_: Any) -> None:
+        """Brings the page up to date with the tree and the nodes of the last image."""
+        with self._page:
+            tree = self._model.field.whole_tree
+            if self._panel is None or tree is not self._tree:
+                self._tree = tree
+                self._build_panel(tree)
+            status = self.status()
+            if self._panel.status.content != status:
+                self._panel.status.content = status
+            self._draw_wireframe(tree)
+
+    def _build_panel(self, tree: Octree) -> None:
+        """The controls for a tree; in training, a checkpoint may bring another one after the page has been made."""
+        shown, bias = False, 0.0
+        if self._panel is not None:
+            shown, bias = bool(self._panel.wireframe.value), float(self._panel.bias.value)
+            self._panel.folder.remove()
+        for drawn in self._drawn.values():
+            if drawn.handle is not None:
+                drawn.handle.remove()
+        self._drawn = {level: _Drawn() for level in range(tree.depth + 1)}
+        gui = self.viser_server.gui
+        folder = gui.add_folder("Octree", order=self.viewer.stats_markdown.order + 0.5)
+        with folder:
+            status = gui.add_markdown("")
+            wireframe = gui.add_checkbox("Show octree", shown, hint="The cubes of the nodes, coloured by level")
+            levels = gui.add_dropdown("Octree level", [ALL, *_level_names(tree)])
+            nodes = gui.add_dropdown(
+                "Octree nodes",
+                [ALL, IN_VIEW, USED, RESIDENT],
+                visible=self._cache is not None,
+                hint="in view: can be touched at full detail; used: have been touched; resident: are in memory",
+            )
+            detail = gui.add_slider(
+                "Level-of-detail bias",
+                *(_FINEST_BIAS, _COARSEST_BIAS, 0.25, bias),
+                hint="In octree levels; above 0 coarser, below 0 finer than a pixel asks for",
+            )
+            self._panel = _Panel(folder, status, wireframe, levels, nodes, detail)
+            if tree.depth > 0:
+                self._panel.max_level = gui.add_slider(
+                    "Maximum level", 0, tree.depth, 1, tree.depth, hint="Nothing is drawn by finer nodes"
+                )
+                self._panel.max_level.on_update(self._render_again)
+                if self._cache is not None:
+                    self._add_memory_controls(self._cache)
+        for control in (wireframe, levels, nodes):
+            control.on_update(self.refresh)
+        detail.on_update(self._render_again)
+        self._apply()
+
+    def _add_memory_controls(self, cache: NodeCache) -> None:
+        assert self._panel is not None
+        least = math.ceil((cache.root_bytes + cache.page_bytes) / _MIB)
+        most = max(least + 1, math.ceil(cache.model_bytes / _MIB))
+        self._panel.budget = self.viser_server.gui.add_slider(
+            "Memory budget (MiB)",
+            *(least, most, 1, min(max(cache.budget_bytes // _MIB, least), most)),
+            hint="For nodes; views that need more are drawn coarser",
+        )
+        self._panel.budget.on_update(self._set_budget)
+        self._panel.freeze = self.viser_server.gui.add_checkbox(
+            "Freeze selection",
+            False,
+            hint="Only the nodes that the last view has used are drawn, and none is loaded: fly around and look at what"
+            " a view loads",
+        )
+        self._panel.freeze.on_update(self._freeze)
+
+    def status(self) -> str:
+        """What is in memory and what the last image took of it, as Markdown."""
+        octree, cache = self._model.field.whole_tree, self._cache
+        if cache is None:
+            size = sum(self._model.field.pages.memory_bytes(octree, training=False)) / _MIB
+            started = min(int(self._model.field.active_level), octree.depth) + 1
+            return (
+                f"memory: {size:.1f} MiB  \nnodes: {octree.num_nodes}; {started} of {octree.depth + 1} levels started"
+            )
+        selection, frame = self._selection(), self._model.views.last_frame
+        used, seen = ("-", "-") if selection is None else (int(nodes.sum()) for nodes in selection)
+        budget = min(cache.budget_bytes, cache.model_bytes)
+        lines = [
+            f"memory: {cache.resident_bytes / _MIB:.1f} of {budget / _MIB:.1f} MiB",
+            f"whole model: {cache.model_bytes / _MIB:.1f} MiB",
+            f"nodes: {used} used, {seen} in view, {octree.num_nodes} in all",
+        ]
+        if self._frozen is not None:
+            lines.append("**selection frozen**")
+        elif frame is not None and frame.coarsened:
+            lines.append(f"**drawn coarser** to fit: bias {math.log2(frame.footprint_scale):+.1f}")
+        return "  \n".join(lines)
+
+    def _selection(self) -> Selection | None:
+        """Of the view that was frozen, else of the last image."""
+        views = self._model.views
+        if self._frozen is not None or views is None or views.used is None or views.in_view is None:
+            return self._frozen
+        return Selection(views.used, views.in_view)
+
+    def _shown(self, tree: Octree) -> Bool[Tensor, "N"]:
+        """Which nodes the wireframe shows, as far as their level has started."""
+        assert self._panel is not None
+        shown = tree.level.cpu() <= int(self._model.field.active_level)
+        choice, selection = self._panel.nodes.value, self._selection()
+        if choice == RESIDENT and self._cache is not None:
+            return shown & self._cache.resident
+        if choice in (IN_VIEW, USED) and selection is not None:
+            return shown & (selection.used if choice == USED else selection.in_view)
+        return shown
+
+    def _draw_wireframe(self, tree: Octree) -> None:
+        assert self._panel is not None
+        chosen = self._panel.levels.options.index(self._panel.levels.value) - 1
+        on = bool(self._panel.wireframe.value)
+        shown = self._shown(tree) if on else None
+        edges = tree.first_of_level.tolist()
+        for level, drawn in self._drawn.items():
+            visible = on and chosen in (-1, level)
+            if visible:
+                nodes = torch.nonzero(shown[edges[level] : edges[level + 1]])[:, 0] + edges[level]
+                visible = len(nodes) > 0
+                if visible and drawn.nodes != nodes.tolist():
+                    drawn.nodes, drawn.handle = nodes.tolist(), self._add_lines(tree, level, nodes)
+            if drawn.handle is not None:
+                drawn.handle.visible = visible
+
+    def _add_lines(self, tree: Octree, level: int, nodes: Tensor) -> GlbHandle:
+        lines = VISER_NERFSTUDIO_SCALE_RATIO * cube_edges(tree, nodes.to(tree.level.device)).numpy()
+        color = level_colors(torch.tensor([float(level)]), tree.depth)[0].numpy().astype(np.float64)
+        return self.viser_server.scene.add_glb(f"/octree/level_{level}", lines_gltf(lines, color))
+
+
+def _level_names(tree: Octree) -> list[str]:
+    return [f"{level} ({count} node{'s' if count > 1 else ''})" for level, count in enumerate(tree.nodes_per_level)]
