@@ -7,11 +7,12 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import numpy as np
 import pytest
 from browser import CHROMIUM, SCENE, Page, changed, resolution, steady, viewer_page
-from commands import Running, Trained, trained_run
+from commands import Trained, trained_run
 
 pytestmark = pytest.mark.slow
 CONTROLS = {"Show octree", "Octree level", "Octree nodes", "Level-of-detail bias", "Maximum level"} | {
@@ -28,11 +29,9 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Trained:
 
 
 @pytest.fixture(scope="module")
-def page(trained: Trained, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Page]:
-    logs = trained.workplace.logs
-    Running(["infnerf-pack", trained.folder, "--overwrite"], logs / "pack").wait().succeeded()
-    config = trained.folder.with_name("run-packed") / "config.yml"
-    with viewer_page(config, tmp_path_factory.mktemp("browser"), logs / "viewer-packed") as page:
+def page(trained: Trained, packed: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Page]:
+    log = trained.workplace.logs / "viewer-packed"
+    with viewer_page(packed / "config.yml", tmp_path_factory.mktemp("browser"), log) as page:
         yield page
 
 

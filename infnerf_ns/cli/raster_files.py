@@ -170,7 +170,7 @@ def _geotiff(path: Path, content: Content, grid: RasterGrid, crs: str | None) ->
     )
     layout = {"tiled": True, "blockxsize": _BLOCK, "blockysize": _BLOCK, "interleave": "pixel"}
     try:
-        with rasterio.Env(GDAL_CACHEMAX=_CACHE_MIB, GDAL_TIFF_OVR_BLOCKSIZE=_BLOCK):
+        with rasterio.Env(GDAL_CACHEMAX=_CACHE_MIB, GDAL_TIFF_OVR_BLOCKSIZE=_BLOCK, GDAL_NUM_THREADS="ALL_CPUS"):
             with rasterio.open(
                 path,
                 "w",
