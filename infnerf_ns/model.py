@@ -264,7 +264,8 @@ class InfNeRFModel(Model):
                 f"the packed checkpoint does not fit the configuration ({(lost + result.unexpected_keys)[0]} is in one"
                 " of them only): use the config.yml that was written beside it"
             )
-        self.views = StreamedViews(cache, math.sqrt(2) if self.config.blend_levels else 1.0)
+        sharpening = math.sqrt(2) if self.config.blend_levels else 1.0
+        self.views = StreamedViews(cache, sharpening, lambda: self.field.level_cap)
         return result
 
     def to(self, *args: Any, **kwargs: Any) -> InfNeRFModel:
@@ -361,7 +362,8 @@ class InfNeRFModel(Model):
         Returns:
             ``rgb [R, 3]``, ``accumulation``, ``depth`` (median) and ``expected_depth`` [R, 1]; in evaluation also
             ``level [R, 3]`` (mean octree level as a colour, blue = root), ``node [R, 3]`` (a colour per node, of the
-            one that evaluates most of the ray) and ``normals [R, 3]`` in 0..1; in training what the losses need.
+            one that evaluates the middle of the ray's weight) and ``normals [R, 3]`` in 0..1; in training what the
+            losses need.
         """
         if self.training:
             # Half precision would turn the rays by pixels.
@@ -435,15 +437,13 @@ class InfNeRFModel(Model):
     def _node_color(
         self, routed: Routed, share: Float[Tensor, "M2"], weights: Float[Tensor, "R S 1"]
     ) -> Float[Tensor, "R 3"]:
-        """Colour of the node that has evaluated most of each ray's weight; black where there is none."""
-        octree = self.field.octree
-        larger = torch.nonzero(share >= 0.5)[:, 0]
-        node = routed.order.new_zeros(weights.numel())
-        node = node.index_copy(0, routed.order[larger], routed.node[larger]).reshape(weights.shape[:2])
-        held = ((node[:, :, None] == node[:, None]) * weights[:, None, :, 0]).sum(2)
-        most, place = held.max(dim=1, keepdim=True)
-        of_ray = node.gather(1, place)[:, 0]
-        return node_colors(octree.level[of_ray], octree.coords[of_ray]) * (most > 0)
+        """Colour of the node that has evaluated the middle of each ray's weight, so of the one with more than half of
+        it, if that is one piece of the ray; black where there is no weight."""
+        octree, spare = self.field.octree, weights.numel()
+        node = routed.order.new_zeros(spare + 1)
+        node[torch.where(share >= 0.5, routed.order, spare)] = routed.node
+        of_ray = node[weight_quantiles(weights[..., 0], 1)[:, 0]]
+        return node_colors(octree.level[of_ray], octree.coords[of_ray]) * (weights.sum(dim=1) > 0)
 
     def _normal_color(
         self,

@@ -1,4 +1,4 @@
-"""The output `node`: a colour per node, of the one that evaluates most of a ray."""
+"""The output `node`: a colour per node, of the one that evaluates the middle of a ray's weight."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def routed_to(nodes: list[int], order: list[int]) -> Routed:
     return Routed(torch.zeros(count, 3), torch.zeros(count, DEPTH + 1).long(), node, order, None)
 
 
-def test_it_is_the_node_with_the_largest_sum_of_weights() -> None:
+def test_it_is_the_node_with_more_than_half_of_the_weight() -> None:
     model = tiny_model()
     weights = torch.tensor([[0.4, 0.3, 0.3], [0.1, 0.5, 0.3], [0.0, 0.0, 0.0]])[..., None]
     routed = routed_to([2, 3, 3, 5, 6, 5, 1, 1, 1], list(range(9)))

@@ -104,6 +104,16 @@ def test_a_small_budget_draws_coarser_and_never_more(tmp_path: Path, capsys: pyt
     assert max(differences(packed.model, streamed, "close").values()) < 1e-4, "it is the picture of larger footprints"
 
 
+def test_levels_that_are_cut_are_not_in_view(tmp_path: Path) -> None:
+    packed = tiny_packed(tmp_path)
+    streamed = packed.load()
+    streamed.field.level_cap = packed.model.field.level_cap = 1
+    cache = streamed.views.cache
+    cache.set_budget(cache.root_bytes + 8 * cache.page_bytes)
+    assert max(differences(packed.model, streamed, "close").values()) < 1e-4
+    assert streamed.views.last_frame.nodes_in_view <= 9 and not streamed.views.last_frame.coarsened
+
+
 def test_what_is_hidden_takes_no_room(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Rays end at the first surface: the nodes behind it can be touched, but are not."""
     packed = tiny_packed(tmp_path)

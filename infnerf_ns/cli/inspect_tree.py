@@ -5,20 +5,18 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from jaxtyping import Bool, Int
 from torch import Tensor
 
-from infnerf_ns.cli.runs import load_run_config
+from infnerf_ns.cli.runs import load_run_config, newest_checkpoint
 from infnerf_ns.errors import InputError
 from infnerf_ns.field import octree_from_state
 from infnerf_ns.octree import Octree
 from infnerf_ns.pages import PageLayout
 from infnerf_ns.streaming.packing import CHECKSUMS
 from infnerf_ns.streaming.page_files import PAGES, PageError, PageFiles
-from infnerf_ns.training import checkpoints
 from infnerf_ns.training.trainer import InfNeRFTrainerConfig
 
 _MODEL = "_model."
@@ -64,7 +62,7 @@ def read_tree(run: Path) -> StoredTree:
         InputError: there is no such run, or no whole checkpoint with an octree in it.
     """
     config, folder = load_run_config(run)
-    state, path = _newest_state(folder / config.relative_model_dir)
+    state, path = newest_checkpoint(folder / config.relative_model_dir)
     model = {name.removeprefix(_MODEL): value for name, value in state["pipeline"].items() if name.startswith(_MODEL)}
     if "field.tree_level" not in model:
         raise InputError(f"{path} holds no octree: it was not written by infnerf")
@@ -83,14 +81,6 @@ def read_tree(run: Path) -> StoredTree:
         node_samples=samples if counted else None,
         pages=PageFiles(folder / PAGES, octree, layout, model[CHECKSUMS]) if CHECKSUMS in model else None,
     )
-
-
-def _newest_state(folder: Path) -> tuple[dict[str, Any], Path]:
-    for path in checkpoints.whole_checkpoints(folder):
-        state = checkpoints.read_checkpoint(path, mapped=True)
-        if state is not None:
-            return state, path
-    raise InputError(f"{folder}: there is no whole checkpoint (step-*.ckpt) to look at")
 
 
 @dataclass

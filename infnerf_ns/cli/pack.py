@@ -13,13 +13,13 @@ import shutil
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import tyro
 import yaml
 from rich.progress import track
 
-from infnerf_ns.cli.runs import load_run_config
+from infnerf_ns.cli.runs import load_run_config, newest_checkpoint
 from infnerf_ns.errors import InputError
 from infnerf_ns.field import octree_from_state
 from infnerf_ns.octree import Octree
@@ -91,7 +91,7 @@ def pack_run(run: Path, *, half: bool, overwrite: bool, progress: Track) -> Pack
     target = folder.with_name(folder.name + _SUFFIX)
     if target.exists() and not overwrite:
         raise InputError(f"{target} is there already: look at it with ns-viewer, or give --overwrite")
-    state, path = _newest_state(folder / config.relative_model_dir)
+    state, path = newest_checkpoint(folder / config.relative_model_dir)
     model = {name.removeprefix(_MODEL): value for name, value in state["pipeline"].items() if name.startswith(_MODEL)}
     if CHECKSUMS in model:
         raise InputError(f"{path} is packed already; pack the run that it was made from")
@@ -134,14 +134,6 @@ def pack_run(run: Path, *, half: bool, overwrite: bool, progress: Track) -> Pack
     finally:
         shutil.rmtree(work, ignore_errors=True)
     return Packed(target, octree, *sizes, rounding)
-
-
-def _newest_state(folder: Path) -> tuple[dict[str, Any], Path]:
-    for path in checkpoints.whole_checkpoints(folder):
-        state = checkpoints.read_checkpoint(path, mapped=True)
-        if state is not None:
-            return state, path
-    raise InputError(f"{folder}: there is no whole checkpoint (step-*.ckpt) to pack")
 
 
 def _require_space(folder: Path, layout: PageLayout, octree: Octree, half: bool) -> None:

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import yaml
 
 from infnerf_ns.errors import InputError
+from infnerf_ns.training import checkpoints
 from infnerf_ns.training.trainer import InfNeRFTrainerConfig
 
 
@@ -29,3 +31,19 @@ def load_run_config(run: Path) -> tuple[InfNeRFTrainerConfig, Path]:
     if not isinstance(config, InfNeRFTrainerConfig):
         raise InputError(f"{path}: this is not a run of infnerf")
     return config, path.parent
+
+
+def newest_checkpoint(folder: Path) -> tuple[dict[str, Any], Path]:
+    """The newest checkpoint whose checksums are right, its tensors left in the file, and which file that is.
+
+    Args:
+        folder: of a run's checkpoints.
+
+    Raises:
+        InputError: there is none.
+    """
+    for path in checkpoints.whole_checkpoints(folder):
+        state = checkpoints.read_checkpoint(path, mapped=True)
+        if state is not None:
+            return state, path
+    raise InputError(f"{folder}: there is no whole checkpoint (step-*.ckpt)")

@@ -55,10 +55,12 @@ class StreamedViews:
     Args:
         cache: of its nodes.
         sharpening: the model routes samples by their footprints over this.
+        level_cap: the level below which the model does not look at the moment; None: all are looked at.
     """
 
-    def __init__(self, cache: NodeCache, sharpening: float) -> None:
+    def __init__(self, cache: NodeCache, sharpening: float, level_cap: Callable[[], int | None]) -> None:
         self.cache = cache
+        self._level_cap = level_cap
         self.last_frame: FrameReport | None = None
         self.in_view: Bool[Tensor, "N"] | None = None
         """nodes of the last image's view"""
@@ -78,7 +80,8 @@ class StreamedViews:
             rays.nears,
             (rays.metadata or {}).get(ORTHOGRAPHIC_FOOTPRINT),
         )
-        return touched_up_to(octree, tiles, self._sharpening)
+        touched, cap = touched_up_to(octree, tiles, self._sharpening), self._level_cap()
+        return touched if cap is None else torch.where(octree.level > cap, 0.0, touched)
 
     @contextmanager
     def image(
