@@ -137,14 +137,17 @@ class OctreeViewer(ViewerControl):
         self._apply()
         self.viewer._trigger_rerender()
 
-    def _render_again_sharply(self) -> None:
-        """In full resolution, and not before the picture under way is finished, so that nothing flickers; the loader of
-        the nodes calls it."""
+    def _render_again_sharply(self, threads: set[int]) -> None:
+        """In full resolution, and not before the picture under way is finished, so that nothing flickers.
+
+        Args:
+            threads: those that render the pictures; of several pages, only theirs are drawn again.
+        """
         if not self.viewer.ready:
             return
         for number, client in self.viser_server.get_clients().items():
             machine = self.viewer.render_statemachines.get(number)
-            if machine is not None:
+            if machine is not None and machine.ident in threads:
                 machine.action(RenderAction("step", self.viewer.get_camera_state(client)))
 
     def look_ahead(self) -> None:

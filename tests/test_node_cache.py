@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from pathlib import Path
 
 import pytest
@@ -147,16 +148,32 @@ def test_a_walk_that_does_not_wait_gets_coarse_nodes_first(packed: TinyPacked) -
     cache = packed.cache(nodes=50)
     cache.waits = False
     arrivals = []
-    cache.on_arrival = lambda: arrivals.append(len(holds(cache)))
+    cache.on_arrival = lambda threads: arrivals.append((len(holds(cache)), threads))
     with cache.frame():
         first = ask(cache, packed, leaf(packed))
     assert first.tolist() == [0, -1, -1, -1], "the root's picture is there at once"
     cache.settle()
-    assert arrivals[-1] == 3
+    assert arrivals[-1] == (3, {threading.get_ident()})
     with cache.frame():
         assert bool((ask(cache, packed, leaf(packed)) >= 0).all())
     cache.settle()
     assert len(arrivals) == 1, "nothing is missing any more, so nothing is drawn again"
+
+
+def test_a_view_that_does_not_fit_comes_to_rest(packed: TinyPacked) -> None:
+    """Regression: pages that nobody waits for took the room of others of the same view, which then were missed."""
+    cache = packed.cache(nodes=4)
+    cache.waits = False
+    arrivals = []
+    cache.on_arrival = lambda threads: arrivals.append(threads)
+    for _ in range(6):
+        before, read = len(arrivals), cache.counters.pages_read
+        with cache.frame():
+            ask(cache, packed, leaf(packed, 0))
+            ask(cache, packed, leaf(packed, packed.model.field.octree.nodes_per_level[3] - 1))
+        cache.settle()
+    assert len(arrivals) == before and cache.counters.pages_read == read, "the last frame has brought nothing new"
+    assert len(holds(cache)) == 4
 
 
 def test_frozen_nodes_are_all_that_is_drawn(packed: TinyPacked) -> None:

@@ -39,7 +39,7 @@ class Page:
         self.look = look
         add_glb = server.scene.add_glb
         server.scene.add_glb = lambda name, data: self.files.update({name: data}) or add_glb(name, data)
-        machine = SimpleNamespace(action=lambda action: self.actions.append(action.action))
+        machine = SimpleNamespace(action=lambda action: self.actions.append(action.action), ident=threading.get_ident())
         server.get_clients = lambda: {5: SimpleNamespace()}
         viewer = SimpleNamespace(
             viser_server=server,
@@ -309,6 +309,17 @@ def test_what_is_fetched_ahead_of_a_picture_under_way_is_drawn_too(streamed: Pag
     assert int(path.max()) == 0, "the root is drawn"
     busy.set()
     cache.settle()
+    assert streamed.actions == ["step"]
+
+
+def test_only_the_page_that_missed_nodes_is_drawn_again(streamed: Page) -> None:
+    """Regression: two pages whose views do not fit beside each other took turns for ever."""
+    another = threading.Thread(target=picture, args=(streamed,))
+    another.start()
+    another.join()
+    streamed.model.views.cache.settle()
+    assert streamed.model.views.cache.counters.pages_read > 0 and streamed.actions == []
+    streamed.model.views.cache.on_arrival({threading.get_ident()})
     assert streamed.actions == ["step"]
 
 

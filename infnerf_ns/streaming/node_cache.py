@@ -75,8 +75,9 @@ class NodeCache:
         self.counters = CacheCounters(peak_bytes=root_bytes)
         self.waits = True
         """whether a walk waits for the pages that it needs; else the loader fetches them for a later one"""
-        self.on_arrival: Callable[[], None] | None = None
-        """called by the loader when pages that nobody waited for have come"""
+        self.on_arrival: Callable[[set[int]], None] | None = None
+        """called by the loader when pages that nobody waited for have come, with the threads whose frames have missed
+        them"""
         self.on_pool_change: Callable[[], None] | None = None
         """called when :attr:`pool` and :attr:`slot_tree` are others"""
         self._sizes = files.sizes(octree.num_nodes - 1) if octree.num_nodes > 1 else {}
@@ -86,6 +87,7 @@ class NodeCache:
         self._frames: dict[int, int] = {}
         self._waiting: set[int] = set()
         self._wanted: set[int] = set()
+        self._wanted_by: dict[int, int] = {}
         self._told = False
         self._asked: Float[Tensor, "N"] | None = None
         count = octree.num_nodes
@@ -222,7 +224,8 @@ class NodeCache:
             if self.waits:
                 self._ask(self._load, missing, now)
             else:
-                self._want(missing)
+                thread = threading.get_ident()
+                self._want(missing, {thread: self._frames.get(thread, now)})
         # -1 (below the sample's own node) finds the last entry, which is -1.
         return torch.take(self._number, path)
 
@@ -286,9 +289,16 @@ class NodeCache:
         finally:
             self._waiting.discard(thread)
 
-    def _want(self, nodes: list[int]) -> None:
+    def _want(self, nodes: list[int], by: dict[int, int]) -> None:
+        """Has the loader fetch nodes that nobody waits for.
+
+        Args:
+            nodes: that frames have missed.
+            by: when they began, by thread.
+        """
         with self._lock:
             self._wanted.update(nodes)
+            self._wanted_by.update(by)
         self._loader.submit(self._fetch_wanted)
 
     def prefetch(self, nodes: Int[Tensor, "n"]) -> None:
@@ -302,19 +312,24 @@ class NodeCache:
             pass
 
     def _fetch_wanted(self) -> None:
-        """Loads what frames that do not wait have missed, coarse nodes first."""
+        """Loads what frames that do not wait have missed, coarse nodes first.
+
+        What these frames have used stays, though they may have ended: a view that needs more than there is room for
+        would give up one of its nodes for another, and be drawn again and again.
+        """
         with self._lock:
             wanted, self._wanted = sorted(self._wanted), set()
-        oldest = self._oldest_frame()
+            by, self._wanted_by = self._wanted_by, {}
+        oldest = min(self._oldest_frame(), *by.values()) if by else self._oldest_frame()
         for place, node in enumerate(wanted):
             if self._waiting:
-                self._want(wanted[place:])
+                self._want(wanted[place:], by)
                 break
             if not self._make_resident(node, oldest, frozenset(wanted)):
                 break
         self._publish()
         if self.on_arrival is not None and any(int(self._slot[node]) >= 0 for node in wanted):
-            self.on_arrival()
+            self.on_arrival(set(by))
 
     def _fetch_ahead(self, nodes: list[int]) -> None:
         oldest, keep = self._oldest_frame(), frozenset(nodes)
