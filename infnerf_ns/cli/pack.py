@@ -99,7 +99,7 @@ def pack_run(run: Path, *, half: bool, overwrite: bool, progress: Track) -> Pack
     layout = PageLayout(config.pipeline.model.field, octree.node_resolution, config.pipeline.model.octree.max_level)
     work = folder.with_name(f".{target.name}.unfinished")
     try:
-        _require_space(folder.parent, layout, octree, half)
+        _require_space(folder.parent, sum(value.nbytes for value in model.values()), layout, octree, half)
         shutil.rmtree(work, ignore_errors=True)  # of a packing that was killed
         work.mkdir()
         checksums, rounding = write_pages(model, octree, layout, work / PAGES, half, progress)
@@ -136,9 +136,10 @@ def pack_run(run: Path, *, half: bool, overwrite: bool, progress: Track) -> Pack
     return Packed(target, octree, *sizes, rounding)
 
 
-def _require_space(folder: Path, layout: PageLayout, octree: Octree, half: bool) -> None:
-    pages = sum(layout.memory_bytes(octree, training=False)[1:]) // (2 if half else 1)
-    needed, free = 1.01 * pages + (64 << 20), shutil.disk_usage(folder).free
+def _require_space(folder: Path, model_bytes: int, layout: PageLayout, octree: Octree, half: bool) -> None:
+    pages = sum(4 * sum(layout.node_page(level).values()) for level in octree.level[1:].tolist())
+    needed = 1.02 * (model_bytes - (pages // 2 if half else 0)) + (1 << 20)
+    free = shutil.disk_usage(folder).free
     if needed > free:
         raise InputError(
             f"the packed run needs {needed / 2**30:.2f} GiB, but {folder} has {free / 2**30:.2f} GiB free: make room,"
