@@ -191,6 +191,11 @@ class NodeCache:
         finally:
             self._frames.pop(thread, None)
 
+    @property
+    def in_frame(self) -> bool:
+        """Whether this thread has begun one."""
+        return threading.get_ident() in self._frames
+
     def _begin_frame(self, thread: int) -> None:
         alive = {each.ident for each in threading.enumerate()}
         for gone in set(self._frames) - alive:

@@ -183,12 +183,15 @@ class StreamedViews:
         self.cache.prefetch(torch.nonzero(nodes)[:, 0])
 
     def by_region(self, rays: RayBundle, render: Callable[[RayBundle], dict[str, Tensor]]) -> dict[str, Tensor]:
-        """Renders flat rays; where they come from many places, those that start near each other at once.
+        """Renders flat rays; where they are no part of an image and come from many places, those that start near each
+        other at once.
 
         Args:
             rays: R rays.
             render: renders some of them.
         """
+        if self.cache.in_frame:
+            return render(rays)
         with self.cache.frame():
             if len(rays) <= _REGION_RAYS or bool((rays.origins == rays.origins[0]).all()):
                 return render(rays)
