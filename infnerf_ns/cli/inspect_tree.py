@@ -29,10 +29,15 @@ class StoredTree:
     folder: Path
     """of the run"""
     config: InfNeRFTrainerConfig
+    """of the run"""
     checkpoint: Path
+    """the file"""
     step: int
+    """of the training"""
     octree: Octree
+    """all of its nodes"""
     layout: PageLayout
+    """of its pages"""
     active_level: int
     """deepest level that has started"""
     node_samples: Int[Tensor, "N"] | None
@@ -90,6 +95,7 @@ class PageCheck:
     bytes_on_disk: Int[Tensor, "N"]
     """0 at the root, which has no file, and where a file is missing"""
     missing: Bool[Tensor, "N"]
+    """nodes without their file"""
     damaged: Bool[Tensor, "N"]
     """all False where the pages were not read"""
     problems: list[str]

@@ -33,7 +33,9 @@ class View:
     """What rendering an image has used; L levels, N nodes."""
 
     name: str
+    """as the report calls it"""
     camera_to_world: Float[Tensor, "3 4"]
+    """of the camera"""
     picture_share: Float[Tensor, "L"]
     """of the rendering weight of all samples, what each level has evaluated: the mean level of each pixel, weighted by
     its accumulation, as a histogram; sums to 1, or to 0 where the picture is empty"""
@@ -46,6 +48,7 @@ class View:
     footprint_scale: float
     """above 1: drawn coarser than asked for, to fit the memory budget of a packed run"""
     rgb: Float[np.ndarray, "H W 3"]
+    """the picture"""
     level_color: Float[np.ndarray, "H W 3"]
     """the model's output `level`"""
 

@@ -38,6 +38,7 @@ class Map:
     """A map to make."""
 
     grid: RasterGrid
+    """its pixels"""
     targets: dict[Content, Path]
     """files to write by their contents, at least one"""
     crs: Optional[str] = None

@@ -25,7 +25,9 @@ class Window(NamedTuple):
     column: int
     row: int
     width: int
+    """pixels"""
     height: int
+    """pixels"""
 
     def halves(self) -> tuple[Window, Window]:
         """Its parts left and right, or above and below, of the middle of its longer side."""
@@ -42,11 +44,15 @@ class RasterGrid:
     """Square pixels, the first row in the north; all lengths in map units."""
 
     west: float
+    """left edge"""
     north: float
+    """upper edge"""
     gsd: float
     """side of a pixel on the ground"""
     width: int
+    """columns"""
     height: int
+    """rows"""
 
     @staticmethod
     def covering(bounds: tuple[float, float, float, float], gsd: float, *, snapped: bool) -> RasterGrid:
@@ -91,7 +97,9 @@ class ParallelRays:
     """Rays straight down through the pixels of a grid."""
 
     grid: RasterGrid
+    """whose pixels they pass"""
     frame: MapFrame
+    """between map and world"""
     top: float
     """height at which they begin to see, map units"""
     bottom: float
