@@ -253,6 +253,16 @@ def test_packing_makes_a_run_beside_the_run(tmp_path: Path) -> None:
     assert sorted(path.name for path in run.parent.iterdir()) == ["run", "run-packed"]
 
 
+def test_a_run_of_an_earlier_version_can_be_packed(tmp_path: Path) -> None:
+    run = tiny_run(tmp_path)
+    config = yaml.load((run / "config.yml").read_text(), Loader=yaml.Loader)
+    del config.pipeline.model.streaming
+    (run / "config.yml").write_text(yaml.dump(config))
+    packed = yaml.load((pack(run).folder / "config.yml").read_text(), Loader=yaml.Loader)
+    packed.get_checkpoint_dir()
+    assert packed.pipeline.model.streaming.pages.is_dir()
+
+
 def test_a_packed_run_is_not_packed_again_by_accident(tmp_path: Path) -> None:
     run = tiny_run(tmp_path)
     folder = pack(run).folder

@@ -22,6 +22,7 @@ from rich.progress import track
 from infnerf_ns.cli.runs import load_run_config, newest_checkpoint
 from infnerf_ns.errors import InputError
 from infnerf_ns.field import octree_from_state
+from infnerf_ns.model import StreamingConfig
 from infnerf_ns.octree import Octree
 from infnerf_ns.pages import PageLayout
 from infnerf_ns.streaming.packing import CHECKSUMS, Track, small_state, write_pages
@@ -120,6 +121,8 @@ def pack_run(run: Path, *, half: bool, overwrite: bool, progress: Track) -> Pack
         if failure is not None:
             raise OSError(failure)
         config.timestamp += _SUFFIX
+        if not hasattr(config.pipeline.model, "streaming"):  # of a run of an earlier version
+            config.pipeline.model.streaming = StreamingConfig()
         (work / "config.yml").write_text(yaml.dump(config), encoding="utf-8")
         transforms = folder / "dataparser_transforms.json"
         if transforms.exists():
