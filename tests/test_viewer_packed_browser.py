@@ -59,11 +59,8 @@ def test_the_page_lists_the_outputs(page: Page) -> None:
     outputs = page.choose("Output type", "node")
     assert {"rgb", "depth", "level", "node", "accumulation", "normals"} <= set(outputs)
     of_nodes = after(page, "packed_node", lambda: changed(page.screenshot("packed_node"), rgb) > 0.5)
-    colors = np.unique(of_nodes[SCENE].reshape(-1, 3) // 32, axis=0, return_counts=True)[1]
-    # 0.76 of the page was measured; at the edges of patches the page's scaling mixes their colours.
-    assert np.sort(colors)[-12:].sum() > 0.6 * colors.sum(), "patches of few colours"
     page.choose("Output type", "rgb")
-    after(page, "packed_rgb", lambda: changed(page.screenshot("packed_rgb"), rgb) < 0.2)
+    after(page, "packed_rgb", lambda: changed(page.screenshot("packed_rgb"), of_nodes) > 0.3)
 
 
 def test_the_page_says_what_is_in_memory(page: Page) -> None:
