@@ -11,7 +11,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from browser import CHROMIUM, SCENE, Page, changed, resolution, steady, viewer_page
+from browser import CHROMIUM, Page, changed, resolution, steady, viewer_page
 from commands import Trained, trained_run
 
 pytestmark = pytest.mark.slow
