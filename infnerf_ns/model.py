@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -41,6 +42,7 @@ from infnerf_ns.losses import tree as tree_losses
 from infnerf_ns.near_plane import NearPlanes
 from infnerf_ns.octree import Octree
 from infnerf_ns.pages import PageLayout
+from infnerf_ns.ray_nodes import Evaluated, level_image, node_image
 from infnerf_ns.sampler import (
     ORTHOGRAPHIC_FOOTPRINT,
     ROUTING_SCALE,
@@ -54,7 +56,6 @@ from infnerf_ns.streaming.packing import CHECKSUMS
 from infnerf_ns.streaming.page_files import PageFiles
 from infnerf_ns.streaming.views import StreamedViews
 from infnerf_ns.tree_building import SOURCES, OctreeConfig, build_tree, log_tree, require_memory
-from infnerf_ns.tree_colors import level_colors, node_colors
 from infnerf_ns.validation import Range
 
 _NORMALS_PER_RAY = 4
@@ -191,6 +192,8 @@ class InfNeRFModel(Model):
         """what a packed model does before and after an image"""
         self.footprint_scale = 1.0
         """samples of rendered images are routed as if their footprints were this much larger (level-of-detail bias)"""
+        self.on_evaluated: Callable[[Evaluated], None] | None = None
+        """called with every chunk of rays that is rendered in evaluation"""
 
     # -- parameters
 
@@ -402,8 +405,11 @@ class InfNeRFModel(Model):
             outputs["weights_list"] = [*weights_list, weights]
             outputs["ray_samples_list"] = [*samples_list, samples]
         else:
-            outputs["level"] = self._level_color(routed, share, weights)
-            outputs["node"] = self._node_color(routed, share, weights)
+            evaluated = Evaluated(routed, share, weights)
+            outputs["level"] = level_image(self.field.octree, evaluated)
+            outputs["node"] = node_image(self.field.octree, evaluated)
+            if self.on_evaluated is not None:
+                self.on_evaluated(evaluated)
             if self.config.render_normals:
                 outputs["normals"] = self._normal_color(
                     positions, footprints, weights, outputs["accumulation"], routing_scale
@@ -423,27 +429,6 @@ class InfNeRFModel(Model):
             share = octree.fraction(octree.level[routed.node], routing_scale * routed.footprints)
             return self.field.with_parents(routed, share)
         return self.field.route(positions, footprints, None, routing_scale), torch.ones_like(positions[:, 0])
-
-    def _level_color(
-        self, routed: Routed, share: Float[Tensor, "M2"], weights: Float[Tensor, "R S 1"]
-    ) -> Float[Tensor, "R 3"]:
-        """Mean octree level of each ray as a colour, blue = root."""
-        octree = self.field.octree
-        level = share.new_zeros(weights.numel()).index_add(0, routed.order, share * octree.level[routed.node])
-        total = (weights[..., 0] * level.reshape(weights.shape[:2])).sum(1)
-        mean = total / weights.sum(dim=(1, 2)).clamp(min=1e-6)
-        return level_colors(mean, octree.depth)
-
-    def _node_color(
-        self, routed: Routed, share: Float[Tensor, "M2"], weights: Float[Tensor, "R S 1"]
-    ) -> Float[Tensor, "R 3"]:
-        """Colour of the node that has evaluated the middle of each ray's weight, so of the one with more than half of
-        it, if that is one piece of the ray; black where there is no weight."""
-        octree, spare = self.field.octree, weights.numel()
-        node = routed.order.new_zeros(spare + 1)
-        node[torch.where(share >= 0.5, routed.order, spare)] = routed.node
-        of_ray = node[weight_quantiles(weights[..., 0], 1)[:, 0]]
-        return node_colors(octree.level[of_ray], octree.coords[of_ray]) * (weights.sum(dim=1) > 0)
 
     def _normal_color(
         self,

@@ -199,7 +199,7 @@ def test_packed_and_unpacked_models_use_the_same(models: TinyPacked) -> None:
         assert torch.allclose(plain.sample_share, streamed.sample_share, atol=1e-4)
         used.append(int(plain.used.sum()))
     assert min(used) > 1 and len(set(used)) == 2
-    assert "_level_color" not in vars(models.model) and "route" not in vars(models.model.field.octree)
+    assert models.model.on_evaluated is None and "route" not in vars(models.model.field.octree)
 
 
 def test_the_mean_of_the_histogram_is_that_of_the_level_picture(models: TinyPacked) -> None:

@@ -8,6 +8,7 @@ from tiny_model import DEPTH, scrambled, tiny_camera, tiny_model
 from torch import Tensor
 
 from infnerf_ns.field import Routed
+from infnerf_ns.ray_nodes import Evaluated, node_image
 from infnerf_ns.tree_colors import node_colors
 
 
@@ -27,7 +28,7 @@ def test_it_is_the_node_with_more_than_half_of_the_weight() -> None:
     model = tiny_model()
     weights = torch.tensor([[0.4, 0.3, 0.3], [0.1, 0.5, 0.3], [0.0, 0.0, 0.0]])[..., None]
     routed = routed_to([2, 3, 3, 5, 6, 5, 1, 1, 1], list(range(9)))
-    found = model._node_color(routed, torch.ones(9), weights)
+    found = node_image(model.field.octree, Evaluated(routed, torch.ones(9), weights))
     assert torch.allclose(found, torch.cat([colors_of(model, [3, 6]), torch.zeros(1, 3)]))
 
 
@@ -39,7 +40,8 @@ def test_of_a_sample_between_two_levels_it_is_the_node_with_the_larger_share() -
     for heaviest, node in enumerate((12, 1, 7)):
         weights = torch.full((1, 3, 1), 0.2)
         weights[0, heaviest] = 0.6
-        assert torch.allclose(model._node_color(routed, share, weights), colors_of(model, [node]))
+        found = node_image(model.field.octree, Evaluated(routed, share, weights))
+        assert torch.allclose(found, colors_of(model, [node]))
 
 
 def test_renders_show_the_nodes_that_they_use() -> None:

@@ -20,10 +20,10 @@ from nerfstudio.utils.eval_utils import eval_setup
 from torch import Tensor
 
 from infnerf_ns.errors import InputError
-from infnerf_ns.field import Routed
 from infnerf_ns.model import InfNeRFModel
 from infnerf_ns.octree import Octree
 from infnerf_ns.pipeline import InfNeRFPipeline
+from infnerf_ns.ray_nodes import Evaluated
 from infnerf_ns.sampler import ORTHOGRAPHIC_FOOTPRINT
 from infnerf_ns.streaming.selection import touched_up_to, view_tiles
 
@@ -142,19 +142,19 @@ def _noted_levels(model: InfNeRFModel) -> Iterator[_LevelSums]:
     """Sums up what the output `level` is made of."""
     count = model.field.whole_tree.depth + 1
     zeros = torch.zeros(count, dtype=torch.float64, device=model.device)
-    sums, level_color = _LevelSums(zeros, zeros.clone()), model._level_color
+    sums = _LevelSums(zeros, zeros.clone())
 
-    def note(routed: Routed, share: Float[Tensor, "M"], weights: Float[Tensor, "R S 1"]) -> Float[Tensor, "R 3"]:
+    def note(evaluated: Evaluated) -> None:
+        routed, share, weights = evaluated
         level = model.field.octree.level[routed.node]
         sums.samples.index_add_(0, level, share.double())
         sums.weight.index_add_(0, level, (share * weights.reshape(-1)[routed.order]).double())
-        return level_color(routed, share, weights)
 
-    model._level_color = note  # type: ignore[method-assign]
+    model.on_evaluated = note
     try:
         yield sums
     finally:
-        del model._level_color
+        model.on_evaluated = None
 
 
 @contextmanager
