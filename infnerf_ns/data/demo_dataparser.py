@@ -29,6 +29,8 @@ METRES_PER_UNIT = 40.0
 MAX_SIZE = 64
 """Blocks per side of the largest town."""
 _MIN_PHOTOS = 8
+_PAIRS_AT_ONCE = 1 << 20
+"""(Point, photo) pairs; a large town has over a hundred million."""
 
 
 @dataclass
@@ -169,10 +171,14 @@ def _pair_geometry(
     scene: DemoScene, point: Int64[np.ndarray, "pairs"], photo: Int64[np.ndarray, "pairs"]
 ) -> tuple[Float32[np.ndarray, "pairs"], Float32[np.ndarray, "pairs"]]:
     """Footprint and distance of each (point, photo) pair, metres."""
-    way = scene.points.xyz[point] - scene.poses[photo, :, 3]
-    distance = np.linalg.norm(way, axis=-1)
-    depth = -np.einsum("nd,nd->n", way, scene.poses[photo, :, 2])
-    return point_footprint(depth, distance, scene.options.lens.focal), distance
+    footprint, distance = (np.empty(len(point), np.float32) for _ in range(2))
+    for start in range(0, len(point), _PAIRS_AT_ONCE):
+        part = slice(start, start + _PAIRS_AT_ONCE)
+        way = scene.points.xyz[point[part]] - scene.poses[photo[part], :, 3]
+        distance[part] = np.linalg.norm(way, axis=-1)
+        depth = -np.einsum("nd,nd->n", way, scene.poses[photo[part], :, 2])
+        footprint[part] = point_footprint(depth, distance[part], scene.options.lens.focal)
+    return footprint, distance
 
 
 demo_dataparser_spec = DataParserSpecification(

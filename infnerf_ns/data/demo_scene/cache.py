@@ -26,7 +26,7 @@ from infnerf_ns.data.demo_scene.points import SurfacePoints
 from infnerf_ns.data.demo_scene.survey import Survey, threads
 from infnerf_ns.errors import InputError
 
-FORMAT = 1
+FORMAT = 2
 """Raised whenever the same options give another scene."""
 _FOCAL_PER_WIDTH = 0.5 / np.tan(np.radians(30))
 

@@ -12,7 +12,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 
 import numpy as np
-from jaxtyping import UInt8
+from jaxtyping import Float64, UInt8
 
 from infnerf_ns.data.demo_scene.flight import plan_flight
 from infnerf_ns.data.demo_scene.photographer import Lens
@@ -27,6 +27,11 @@ from infnerf_ns.data.demo_scene.points import (
 )
 from infnerf_ns.data.demo_scene.raycaster import make_raycaster
 from infnerf_ns.data.demo_scene.town import BLOCK, build_town
+
+_WHOLE_SIZE = 4
+"""Blocks per side of a town up to which every photo is asked for every point."""
+_REACH, _REACH_FACTOR = 150.0, 3.0
+"""Metres, and times the distance to what a photo looks at."""
 
 
 class Survey:
@@ -66,9 +71,24 @@ class Survey:
         keep = distinct(xyz, np.concatenate([points.pixel_size for points in picked]))
         xyz = xyz[keep]
         culled = CulledPoints(xyz, BLOCK)
-        seen = list(pool.map(lambda pose: culled.seen_from(self.rays, self.lens, pose), self.poses))
+        seen = list(
+            pool.map(
+                lambda pose, reach: culled.seen_from(self.rays, self.lens, pose, reach),
+                self.poses,
+                self._reach().tolist(),
+            )
+        )
         photo = np.repeat(np.arange(len(seen), dtype=np.int32), [len(s) for s in seen])
         return SurfacePoints(xyz, np.concatenate(rgb)[keep], source[keep], np.concatenate(seen), photo)
+
+    def _reach(self) -> Float64[np.ndarray, "p"]:
+        """How far from each photo points are looked for, metres: in a large town not much farther than what it looks
+        at. Nothing there is matched with a photo from close by, and every street photo would ask for rays to a hundred
+        thousand such points."""
+        if self.town.size <= _WHOLE_SIZE:
+            return np.full(len(self.poses), np.inf)
+        look = np.where(np.isfinite(self.look_distance), self.look_distance, 0.0)  # a photo's middle may be sky
+        return np.maximum(_REACH, _REACH_FACTOR * look.astype(np.float64))
 
     def black_points(self) -> SurfacePoints:
         """The points without photos, which alone know their colours: all are black."""
