@@ -3,8 +3,9 @@
 Every town has the cameras, SfM points and tree of ``ns-train ... infnerf-demo --size N`` and is trained in small steps
 on rays cast into the town, whose depths are told to the density (:func:`.bench_training.depth_loss`), until its samples
 lie on its surfaces. Then it is packed as ``infnerf-pack`` does it, and every view is rendered in a fresh process that
-starts with the small checkpoint alone: counted are the pages that its samples touch. Views stand in the middle of the
-town: in a street, above a roof with all of the town before it, and as far above that the whole town is in the picture.
+starts with the small checkpoint alone: counted are the pages that its samples touch. The views: in a street in the
+middle of the town, above a roof there with a quarter of the town before it, and as far above that all of it is in the
+picture.
 """
 
 from __future__ import annotations
@@ -12,7 +13,10 @@ from __future__ import annotations
 import contextlib
 import io
 import multiprocessing
+import os
 import tempfile
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -26,6 +30,7 @@ from nerfstudio.data.scene_box import SceneBox
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table
+from torch.optim.lr_scheduler import ExponentialLR
 
 from infnerf_ns.cli.bench_machine import describe_machine
 from infnerf_ns.cli.bench_output import table_and_plot, write_table
@@ -41,6 +46,7 @@ from infnerf_ns.data.sfm import SfMScene
 from infnerf_ns.errors import InputError
 from infnerf_ns.model import InfNeRFModel, InfNeRFModelConfig
 from infnerf_ns.presets import load_preset
+from infnerf_ns.streaming.node_cache import BUDGET_VARIABLE
 from infnerf_ns.streaming.packing import small_state, write_pages
 from infnerf_ns.streaming.page_files import PAGES
 from infnerf_ns.streaming.views import FrameReport
@@ -48,6 +54,8 @@ from infnerf_ns.streaming.views import FrameReport
 VIEWS = ("street", "roof", "above")
 _MIB = 2**20
 _STATE = "small.pt"
+_LAST_RATE = 0.02
+"""Learning rates at the end of a training, relative to its start."""
 
 
 @dataclass
@@ -58,7 +66,7 @@ class Memory:
     sizes: tuple[int, ...] = (1, 2, 4, 8)
     """Blocks per side of the towns."""
     steps: int = 2000
-    """Training steps per town."""
+    """Training steps of a town of one block; the others take this many times their blocks per side."""
     rays: int = 1024
     """Rays per step."""
     width: int = 960
@@ -67,6 +75,9 @@ class Memory:
     """Of the views, in pixels."""
     preset: str = "infnerf-big"
     """A preset, or a YAML file."""
+    log2_table_size: int = 16
+    """Most entries of a hash level of grids and proposals, as a power of two. With 17, as in the preset, pages are
+    twice as large, and a town of 8 x 8 blocks does not fit into 24 GB while it is trained."""
     seed: int = 0
     """Of the towns."""
     output: Path = Path("memory")
@@ -76,13 +87,18 @@ class Memory:
         """Builds, trains and packs the towns, renders the views, prints a table and writes it, a plot and pictures."""
         self._check()
         print(describe_machine())
-        print(f"{self.preset}, {self.steps} steps of {self.rays} rays, views of {self.width}x{self.height}", flush=True)
+        print(
+            f"{self.preset}, tables of 2^{self.log2_table_size}, {self.steps} steps of {self.rays} rays per block of a"
+            f" town's side, views of {self.width}x{self.height}",
+            flush=True,
+        )
         table, plot = table_and_plot(self.output)
         rows: list[dict] = []
         pictures = []
         for size in self.sizes:
             with tempfile.TemporaryDirectory() as folder:
                 config = load_preset(self.preset, "cpu").pipeline.model
+                config.field.log2_table_size = config.field.proposal_log2_table_size = self.log2_table_size
                 self._train_and_pack(size, Path(folder), config)
                 rendered = [self._render(Path(folder), config, pose) for pose in town_views(size, self.seed)]
             rows += [_row(size, view, each) for view, each in zip(VIEWS, rendered)]
@@ -103,13 +119,16 @@ class Memory:
         for name in ("steps", "rays", "width", "height"):
             if getattr(self, name) < 1:
                 raise InputError(f"--{name} {getattr(self, name)}: give 1 or more")
+        if not 8 <= self.log2_table_size <= 26:
+            raise InputError(f"--log2-table-size {self.log2_table_size}: give 8 to 26")
         if self.seed < 0:
             raise InputError(f"--seed {self.seed}: give 0 or more")
 
     def _train_and_pack(self, size: int, folder: Path, config: InfNeRFModelConfig) -> None:
         preset = load_preset(self.preset, "cpu")
-        town = survey_town(size, self.seed, preset.pipeline.datamanager, self.rays, self.steps)
-        config.octree.level_start_steps = self.steps // (config.octree.max_level + 2)
+        steps = size * self.steps
+        town = survey_town(size, self.seed, preset.pipeline.datamanager, self.rays, steps)
+        config.octree.level_start_steps = steps // (config.octree.max_level + 2)
         with contextlib.redirect_stdout(io.StringIO()):  # the tree's table
             trainer = StepTrainer(config, town.scene, len(town.cameras), preset.optimizers)
         needed, free = 4 * _model_bytes(trainer.model), psutil.virtual_memory().available
@@ -119,14 +138,22 @@ class Memory:
                 f" {needed / 2**30:.1f} GiB, but only {free / 2**30:.1f} GiB of memory are free: leave it out"
             )
         rays = TownRays(town.cameras, preset.pipeline.datamanager)
-        for step in track(range(self.steps), f"training in a town of {size} x {size} blocks", transient=True):
+        decays = [ExponentialLR(optimizer, _LAST_RATE ** (1 / steps)) for optimizer in trainer.optimizers]
+        for step in track(range(steps), f"training in a town of {size} x {size} blocks", transient=True):
             trainer.step(step, *rays(town, step), depth_loss)
+            for decay in decays:
+                decay.step()
         pack_model(trainer.model, town, folder)
 
     def _render(self, folder: Path, config: InfNeRFModelConfig, pose: Float[np.ndarray, "3 4"]) -> Rendered:
         """A view in a fresh process."""
-        with multiprocessing.get_context("spawn").Pool(1) as pool:
-            return pool.apply(render_view, (folder, config, pose, self.width, self.height))
+        with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
+            try:
+                return pool.submit(render_view, folder, config, pose, self.width, self.height).result()
+            except BrokenProcessPool as error:
+                raise InputError(
+                    "the process that rendered a view was ended: too little memory? leave out the largest town"
+                ) from error
 
 
 @dataclass
@@ -161,6 +188,7 @@ def render_view(
     """Loads what :func:`pack_model` wrote and renders one view, with as much memory as it asks for."""
     photos, state = torch.load(folder / _STATE, weights_only=True)
     config.streaming.pages, config.streaming.budget_mib = folder / PAGES, 1 << 20
+    os.environ.pop(BUDGET_VARIABLE, None)
     scene, box = SfMScene.placeholder(), SceneBox(torch.tensor([[-1.0] * 3, [1.0] * 3]))
     with contextlib.redirect_stdout(io.StringIO()):
         model: InfNeRFModel = config.setup(
@@ -184,8 +212,8 @@ def view_camera(pose: Float[np.ndarray, "3 4"], width: int, height: int) -> Came
 
 
 def town_views(size: int, seed: int) -> list[Float[np.ndarray, "3 4"]]:
-    """Poses of :data:`VIEWS` in scene units: in the street next to the middle of the town, above the house next to it,
-    and above all of it."""
+    """Poses of :data:`VIEWS` in scene units: in the street next to the middle of the town, above the house next to it
+    towards a corner of the town, and above all of it."""
     town = build_town(size, seed)
     street = 0.0 if size % 2 == 0 else BLOCK / 2
     inwards = -1.0 if size % 2 else 1.0
@@ -194,7 +222,7 @@ def town_views(size: int, seed: int) -> list[Float[np.ndarray, "3 4"]]:
     top = _height_over(town.mesh.corners, town.facades.foot[house] - 2 * town.facades.outward[house])
     roof = town.facades.foot[house] * np.array([1, 1, 0]) + np.array([0, 0, top + 4.0])
     poses.append(look_at(roof, np.array([town.half_side, town.half_side, 0.0])))
-    poses.append(look_at(np.array([0.0, -1.6 * town.half_side, 2.0 * town.half_side + 15]), np.zeros(3)))
+    poses.append(look_at(town.half_side * np.array([0.0, -1.8, 2.4]), np.array([0.0, -0.1 * town.half_side, 0.0])))
     for pose in poses:
         pose[:, 3] /= METRES_PER_UNIT
     return poses
