@@ -34,6 +34,7 @@ from torch.nn import Parameter
 
 from infnerf_ns.errors import InputError
 from infnerf_ns.field import FieldConfig, OctreeField, Routed, in_place_gradients, octree_from_state
+from infnerf_ns.interruption import interrupted_between_chunks, may_be_interrupted
 from infnerf_ns.kernels import explain, shading
 from infnerf_ns.kernels.rays import render_weights
 from infnerf_ns.losses import ray as ray_losses
@@ -193,7 +194,7 @@ class InfNeRFModel(Model):
         self.footprint_scale = 1.0
         """samples of rendered images are routed as if their footprints were this much larger (level-of-detail bias)"""
         self.on_evaluated: Callable[[Evaluated], None] | None = None
-        """called with every chunk of rays that is rendered in evaluation"""
+        """called with every chunk of an image, or of other rays, that is rendered in evaluation"""
 
     # -- parameters
 
@@ -317,10 +318,19 @@ class InfNeRFModel(Model):
         rays = camera_ray_bundle
         if rays.nears is None and self.near_planes is not None and not bool((rays.pixel_area == 1).any()):
             rays.nears = torch.full_like(rays.pixel_area, self.near_planes.of_image(rays.origins, rays.directions))
-        if self.views is None:
-            return self._image(rays, self.footprint_scale)
-        with self.views.image(rays, self.footprint_scale, self.get_outputs) as scale:
-            return self._image(rays, scale)
+        with interrupted_between_chunks():
+            if self.views is None:
+                return self._image(rays, self.footprint_scale)
+            with self.views.image(rays, self.footprint_scale, self._probe) as scale:
+                return self._image(rays, scale)
+
+    def _probe(self, rays: RayBundle) -> dict[str, Tensor]:
+        """Renders rays that are no part of an image."""
+        told, self.on_evaluated = self.on_evaluated, None
+        try:
+            return self.get_outputs(rays)
+        finally:
+            self.on_evaluated = told
 
     def _image(self, rays: RayBundle, routing_scale: float) -> dict[str, Tensor]:
         if routing_scale != 1:
@@ -330,13 +340,15 @@ class InfNeRFModel(Model):
     @torch.no_grad()
     def get_outputs_for_camera(self, camera: Cameras, obb_box: OrientedBox | None = None) -> dict[str, Tensor]:
         """Renders a camera; of a packed model, what the next camera needs is loaded behind it."""
-        outputs = self.get_outputs_for_camera_ray_bundle(self.camera_rays(camera, obb_box))
-        if self.views is not None and self.config.streaming.prefetch:
-            self.views.expect_next(camera, self.camera_rays, self.footprint_scale)
-        return outputs
+        with interrupted_between_chunks():
+            outputs = self.get_outputs_for_camera_ray_bundle(self.camera_rays(camera, obb_box))
+            if self.views is not None and self.config.streaming.prefetch:
+                self.views.expect_next(camera, self.camera_rays, self.footprint_scale)
+            return outputs
 
     def forward(self, ray_bundle: RayBundle) -> dict[str, Tensor]:
         """Renders rays; those of a packed model region by region, where they do not come from one place."""
+        may_be_interrupted()
         if self.training or self.views is None:
             return super().forward(ray_bundle)
         return self.views.by_region(ray_bundle, super().forward)

@@ -1,0 +1,46 @@
+"""Where the viewer may interrupt a picture: between two chunks of rays.
+
+nerfstudio's viewer gives up a picture that the moving camera has outdated by raising from a trace function
+(``sys.settrace``), so at any line of the thread that renders: also between the last line under a lock and the lock's
+release, after which nobody gets it again. As Python runs nothing else while a numba kernel does, the signal often
+arrives just there, and the viewer froze after a few moves of the camera. So the trace function is taken off the thread
+while a picture is made, and asked where nothing is held. (Untraced lines are faster, too.)
+"""
+
+from __future__ import annotations
+
+import sys
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+_INTERRUPTER = "RenderStateMachine.check_interrupt"
+"""The viewer's trace function. Others (debuggers, coverage) stay where they are."""
+_thread = threading.local()
+
+
+@contextmanager
+def interrupted_between_chunks() -> Iterator[None]:
+    """While it lasts, the viewer ends this thread's picture in :func:`may_be_interrupted` and nowhere else."""
+    trace = sys.gettrace()
+    if getattr(trace, "__qualname__", None) != _INTERRUPTER:
+        yield
+        return
+    sys.settrace(None)
+    _thread.interrupter = trace
+    try:
+        yield
+    finally:
+        _thread.interrupter = None
+        sys.settrace(trace)
+
+
+def may_be_interrupted() -> None:
+    """A place where a picture may be given up.
+
+    Raises:
+        IOChangeException: nerfstudio's; the viewer wants another picture.
+    """
+    interrupter = getattr(_thread, "interrupter", None)
+    if interrupter is not None:
+        interrupter(sys._getframe(), "line", None)
