@@ -330,7 +330,7 @@ def test_what_cannot_be_written_ends_in_one_line(
     if place == "folder":
         monkeypatch.setattr(Path, "mkdir", fail)
     elif place == "page":
-        monkeypatch.setattr("infnerf_ns.streaming.page_files.save_file", fail)
+        monkeypatch.setattr(Path, "write_bytes", fail)
     else:
         replace = os.replace
         monkeypatch.setattr(

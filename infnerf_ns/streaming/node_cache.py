@@ -5,9 +5,8 @@ pool. The kernels see a *slot tree*: at every level one node per slot. :meth:`No
 sample in the whole tree, has the nodes on it loaded, and answers with the path in the slot tree; a node that is not
 there (not yet, damaged, or no room) is left out, and with it all below it: the parent answers, as for a missing child.
 
-All reading and all changes of slots happen in one loader thread, so a render thread may be interrupted anywhere, as
-nerfstudio's viewer does it. Own code: what is kept depends on the tree (a child without its parent is of no use), and
-the kernels want the pages side by side.
+All reading and all changes of slots happen in one loader thread. Own code: what is kept depends on the tree (a child
+without its parent is of no use), and the kernels want the pages side by side.
 """
 
 from __future__ import annotations
@@ -86,10 +85,9 @@ class NodeCache:
         self._clock = itertools.count(1)
         self._frames: dict[int, int] = {}
         self._waiting: set[int] = set()
-        self._wanted: set[int] = set()
-        self._wanted_by: dict[int, int] = {}
+        self._wanted: dict[int, tuple[int, set[int]]] = {}
         self._told = False
-        self._asked: Float[Tensor, "N"] | None = None
+        self._asked: dict[int, Float[Tensor, "N"]] = {}
         count = octree.num_nodes
         self._parent, self._level = octree.parent.cpu(), octree.level.cpu()
         self._slot = torch.full((count,), -1)
@@ -97,7 +95,7 @@ class NodeCache:
         self._damaged = torch.zeros(count, dtype=torch.bool)
         self._frozen: Bool[Tensor, "N"] | None = None
         self.budget_bytes, self._next_budget = budget_bytes, budget_bytes
-        self._allocate()
+        self._allocate(budget_bytes)
 
     # -- memory
 
@@ -137,28 +135,41 @@ class NodeCache:
 
         def change() -> None:
             self._frozen = nodes
+            with self._lock:
+                self._wanted.clear()
             self._publish()
 
         self._ask(change)
 
     def _resize(self) -> None:
-        old, node_of_slot = self.pool, self._node_of_slot
-        slots = {node: slot for slot, node in enumerate(node_of_slot) if node >= 0}
-        latest = sorted(slots, key=lambda node: (-int(self._used[node]), node))
-        self.budget_bytes = self._next_budget
+        """The next budget; what was used last is read again. The old pool goes first: a change must not take the
+        memory of both."""
+        there = torch.nonzero(self._slot >= 0)[:, 0].tolist()
+        latest = sorted(there, key=lambda node: (-int(self._used[node]), node))
+        before, self.budget_bytes = self.budget_bytes, self._next_budget
         self._slot.fill_(-1)
-        self._allocate()
-        for slot, node in enumerate(latest[: self.capacity]):
-            for kind, pool in self.pool.items():
-                pool[slot].copy_(old[kind][slots[node]])
-            self._place(node, slot)
+        try:
+            self._exchange_pool()
+        except (RuntimeError, MemoryError):  # too little memory, of a GPU above all
+            warn(f"{self._next_budget / 2**20:.0f} MiB for nodes are more than there is; it stays as it was")
+            self.budget_bytes = self._next_budget = before
+            self._exchange_pool()
+        for node in sorted(latest[: self.capacity]):
+            used = int(self._used[node])
+            self._make_resident(node, 0, frozenset())
+            self._used[node] = used
         self._publish()
-        if self.on_pool_change is not None:
-            self.on_pool_change()
 
-    def _allocate(self) -> None:
+    def _exchange_pool(self) -> None:
+        """Gives the pool away, everywhere, before the next one is made."""
+        for budget in (0, self.budget_bytes):
+            self._allocate(budget)
+            if self.on_pool_change is not None:
+                self.on_pool_change()
+
+    def _allocate(self, budget_bytes: int) -> None:
         """An empty pool of as many slots as fit."""
-        fitting = (self.budget_bytes - self.root_bytes) // max(self.page_bytes, 1)
+        fitting = (budget_bytes - self.root_bytes) // max(self.page_bytes, 1)
         self._node_of_slot = [-1] * int(np.clip(fitting, 0, self.octree.num_nodes - 1))
         # At least one slot, so that there is a bank to hand to the kernels; nothing is ever put into a spare one.
         self._stride = max(self.capacity, 1)
@@ -203,6 +214,8 @@ class NodeCache:
         if self._next_budget != self.budget_bytes and not self._frames:
             self._resize()
         self._frames[thread] = next(self._clock)
+        with self._lock:
+            self._wanted.pop(thread, None)
 
     def used_since(self, start: int) -> Bool[Tensor, "N"]:
         """Which nodes walks have asked for since then, and were given; the root always."""
@@ -214,8 +227,9 @@ class NodeCache:
         self, unit: Float[Tensor, "M 3"], footprints: Float[Tensor, "M"] | None, max_level: int, backend: Backend
     ) -> Int[Tensor, "M K"]:
         """:meth:`Octree.route` in the slot tree, after the nodes on the way have been loaded, as far as they can be."""
-        if self._asked is not None and footprints is not None:
-            self._note(self._asked, unit, footprints, max_level, backend)
+        asked = self._asked.get(threading.get_ident())
+        if asked is not None and footprints is not None:
+            self._note(asked, unit, footprints, max_level, backend)
         path = self.octree.route(unit, footprints, max_level, backend)
         needed = self._on_paths(path)
         now = next(self._clock)
@@ -225,25 +239,29 @@ class NodeCache:
             self.counters.hits += int(there.sum())
             self.counters.misses += int((~there).sum())
         missing = needed[~there & ~self._damaged[needed]].tolist()
-        if missing and self._frozen is None:
+        if self._frozen is not None:  # a smaller budget may have cost some of the frozen ones
+            missing = [node for node in missing if self._frozen[node]]
+        if missing:
             if self.waits:
-                self._ask(self._load, missing, now)
+                self._ask(self._load, missing, now, threading.get_ident())
             else:
                 thread = threading.get_ident()
-                self._want(missing, {thread: self._frames.get(thread, now)})
+                self._want(missing, thread, self._frames.get(thread, now))
         # -1 (below the sample's own node) finds the last entry, which is -1.
         return torch.take(self._number, path)
 
     @contextmanager
     def asked_up_to(self) -> Iterator[Float[Tensor, "N"]]:
-        """Notes, while it lasts, up to which scale of their footprints the samples of walks touch each node, as
-        :func:`.selection.touched_up_to` does it for all places where samples can be; the root's is infinite."""
-        self._asked = torch.zeros(self.octree.num_nodes, device=self.device)
-        self._asked[0] = torch.inf
+        """Notes, while it lasts, up to which scale of their footprints the samples of this thread's walks touch each
+        node, as :func:`.selection.touched_up_to` does it for all places where samples can be; the root's is
+        infinite."""
+        asked = torch.zeros(self.octree.num_nodes, device=self.device)
+        asked[0] = torch.inf
+        self._asked[threading.get_ident()] = asked
         try:
-            yield self._asked
+            yield asked
         finally:
-            self._asked = None
+            del self._asked[threading.get_ident()]
 
     def _note(
         self,
@@ -294,16 +312,18 @@ class NodeCache:
         finally:
             self._waiting.discard(thread)
 
-    def _want(self, nodes: list[int], by: dict[int, int]) -> None:
+    def _want(self, nodes: list[int], thread: int, began: int) -> None:
         """Has the loader fetch nodes that nobody waits for.
 
         Args:
-            nodes: that frames have missed.
-            by: when they began, by thread.
+            nodes: that a frame has missed.
+            thread: whose.
+            began: when; what an earlier frame of that thread has missed is of no use any more.
         """
         with self._lock:
-            self._wanted.update(nodes)
-            self._wanted_by.update(by)
+            before, wanted = self._wanted.get(thread, (began, set()))
+            if before <= began:
+                self._wanted[thread] = began, set(nodes) | (wanted if before == began else set())
         self._loader.submit(self._fetch_wanted)
 
     def prefetch(self, nodes: Int[Tensor, "n"]) -> None:
@@ -323,12 +343,13 @@ class NodeCache:
         would give up one of its nodes for another, and be drawn again and again.
         """
         with self._lock:
-            wanted, self._wanted = sorted(self._wanted), set()
-            by, self._wanted_by = self._wanted_by, {}
-        oldest = min(self._oldest_frame(), *by.values()) if by else self._oldest_frame()
-        for place, node in enumerate(wanted):
+            by, self._wanted = self._wanted, {}
+        wanted = sorted(set().union(*(nodes for _, nodes in by.values())))
+        oldest = min([self._oldest_frame(), *(began for began, _ in by.values())])
+        for node in wanted:
             if self._waiting:
-                self._want(wanted[place:], by)
+                for thread, (began, nodes) in by.items():
+                    self._want([each for each in nodes if each >= node], thread, began)
                 break
             if not self._make_resident(node, oldest, frozenset(wanted)):
                 break
@@ -345,9 +366,11 @@ class NodeCache:
             self.counters.prefetched += self.counters.pages_read - before
         self._publish()
 
-    def _load(self, nodes: list[int], now: int) -> None:
-        """Loads what a walk waits for; what the walk uses itself is not given up."""
-        if not all([self._make_resident(node, now, frozenset()) for node in nodes]):
+    def _load(self, nodes: list[int], now: int, by: int) -> None:
+        """Loads what a walk waits for; what the walk uses itself, and what other threads' frames use, is not given
+        up."""
+        oldest = min([now, *(began for thread, began in self._frames.items() if thread != by)])
+        if not all([self._make_resident(node, oldest, frozenset()) for node in nodes]):
             self._say_short("groups of rays that need more are drawn coarser")
         self._publish()
 
@@ -378,7 +401,8 @@ class NodeCache:
         for kind, pool in self.pool.items():
             pool[slot].copy_(to_float(page[kind]))
         self._place(node, slot)
-        self._used[node] = max(int(self._used[node]), oldest)
+        # Just read is as good as used, but no frame under way has asked for it.
+        self._used[node] = max(int(self._used[node]), oldest - 1)
         self.counters.pages_read += 1
         self.counters.bytes_read += sum(array.nbytes for array in page.values())
         self.counters.peak_bytes = max(self.counters.peak_bytes, self.resident_bytes)

@@ -43,8 +43,9 @@ def write_pages(
     """
     checksums, rounding = torch.zeros(octree.num_nodes, dtype=torch.long), 0.0
     row, levels = octree.row.tolist(), octree.level.tolist()
+    folder.mkdir(parents=True)  # also for a root alone
     for level in range(1, octree.depth + 1):
-        (folder / f"level-{level}").mkdir(parents=True)
+        (folder / f"level-{level}").mkdir()
     for node in track(range(1, octree.num_nodes)):
         level = levels[node]
         page = {kind: model[f"field.{kind}.{level}"][row[node]].clone() for kind in layout.node_page(level)}

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from jaxtyping import Int
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors.torch import save
 from torch import Tensor
 
 from infnerf_ns.octree import Octree
@@ -45,10 +45,7 @@ def write_page(path: Path, tensors: Mapping[str, Tensor]) -> int:
         OSError: it cannot be written.
     """
     whole = {name: tensor.contiguous() for name, tensor in tensors.items()}
-    try:
-        save_file(whole, path)
-    except SafetensorError as error:  # safetensors' wrapping of an OSError
-        raise OSError(str(error)) from error
+    path.write_bytes(save(whole))  # safetensors' own save_file lets nobody but the owner read the file
     return checksum({name: tensor.numpy() for name, tensor in whole.items()})
 
 
@@ -89,11 +86,14 @@ class PageFiles:
             PageError: the file is missing, damaged, or of another run.
         """
         path = self.path(node)
-        if not path.exists():
-            raise PageError(f"the page {path} is missing")
         try:
+            path.stat()
             with safe_open(path, framework="numpy") as file:
                 arrays = {name: file.get_tensor(name) for name in self.sizes(node)}
+        except FileNotFoundError as error:
+            raise PageError(f"the page {path} is missing") from error
+        except PermissionError as error:
+            raise PageError(f"the page {path} cannot be read ({error.strerror}): allow reading it") from error
         except (SafetensorError, OSError, ValueError) as error:
             raise PageError(f"the page {path} is damaged ({error})") from error
         fits = all(arrays[name].shape == (size,) for name, size in self.sizes(node).items())

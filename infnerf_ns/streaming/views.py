@@ -136,7 +136,8 @@ class StreamedViews:
         if certain <= footprint_scale:
             return footprint_scale
         step = max(1, round((len(rays) / _PROBE_RAYS) ** 0.5))
-        probe = rays[step // 2 :: step, step // 2 :: step].flatten()
+        down, along = (min(step, side) for side in rays.shape)
+        probe = rays[down // 2 :: down, along // 2 :: along].flatten()
         probe.metadata[ROUTING_SCALE] = torch.full_like(probe.pixel_area, certain)
         with self.cache.asked_up_to() as asked:
             render(probe)
@@ -175,7 +176,7 @@ class StreamedViews:
         """
         small = copy.deepcopy(camera)
         factor = min(1.0, _LOOK_AHEAD_WIDTH / float(camera.width.max()))
-        small.rescale_output_resolution(factor)
+        small.rescale_output_resolution(factor, scale_rounding_mode="ceil")  # no side may vanish
         rays = camera_rays(small)
         rays.pixel_area = factor**2 * rays.pixel_area  # of the image that it stands for
         touched = self.touched_up_to(rays)
