@@ -89,10 +89,11 @@ class Inspect:
     def _views(self, tree: StoredTree, console: Console) -> Iterable[View]:
         if not self.photo:
             return
-        model, held_out = load_model(tree.folder / "config.yml", tree.folder)
-        cameras, kind, names = held_out, "held-out photo", "the run has {} held-out photos"
-        if self.camera_path is not None:
-            cameras, kind, names = path_cameras(self.camera_path), "camera", "the camera path has {} cameras"
+        path = None if self.camera_path is None else path_cameras(self.camera_path)
+        model, cameras = load_model(tree.folder)
+        kind, names = "held-out photo", "the run has {} held-out photos"
+        if path is not None:
+            cameras, kind, names = path, "camera", "the camera path has {} cameras"
         count = len(cameras)
         for number in self.photo:
             if not 0 <= number < count:

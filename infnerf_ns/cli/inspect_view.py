@@ -15,14 +15,12 @@ from jaxtyping import Bool, Float, Int
 from nerfstudio.cameras.camera_paths import get_path_from_json
 from nerfstudio.cameras.cameras import Cameras
 from nerfstudio.cameras.rays import RayBundle
-from nerfstudio.engine.trainer import TrainerConfig
-from nerfstudio.utils.eval_utils import eval_setup
 from torch import Tensor
 
+from infnerf_ns.cli.runs import open_run
 from infnerf_ns.errors import InputError
 from infnerf_ns.model import InfNeRFModel
 from infnerf_ns.octree import Octree
-from infnerf_ns.pipeline import InfNeRFPipeline
 from infnerf_ns.ray_nodes import Evaluated
 from infnerf_ns.sampler import ORTHOGRAPHIC_FOOTPRINT
 from infnerf_ns.streaming.selection import touched_up_to, view_tiles
@@ -53,27 +51,13 @@ class View:
     """the model's output `level`"""
 
 
-def load_model(config_path: Path, folder: Path) -> tuple[InfNeRFModel, Cameras]:
+def load_model(folder: Path) -> tuple[InfNeRFModel, Cameras]:
     """The trained model of a run, in evaluation mode, and the cameras of its held-out photos.
 
-    Args:
-        config_path: of the run.
-        folder: of the run.
-
     Raises:
-        InputError: the run is not where its configuration says, or its data are not there.
+        InputError: its data are not where its configuration says.
     """
-
-    def at_home(config: TrainerConfig) -> TrainerConfig:
-        if config.get_base_dir().resolve() != folder.resolve():
-            raise InputError(
-                f"{config_path} says that its run is in {config.get_base_dir()}: start this where the training was"
-                " started, or move the run back; without --photo it can be anywhere"
-            )
-        return config
-
-    _, pipeline, _, _ = eval_setup(config_path, update_config_callback=at_home)
-    assert isinstance(pipeline, InfNeRFPipeline)
+    pipeline = open_run(folder).pipeline
     return pipeline.model, pipeline.datamanager.eval_dataset.cameras
 
 

@@ -19,7 +19,7 @@ import tyro
 import yaml
 from rich.progress import track
 
-from infnerf_ns.cli.runs import load_run_config, newest_checkpoint
+from infnerf_ns.cli.runs import load_run_config, newest_checkpoint, place_config
 from infnerf_ns.errors import InputError
 from infnerf_ns.field import octree_from_state
 from infnerf_ns.model import StreamingConfig
@@ -90,6 +90,7 @@ def pack_run(run: Path, *, half: bool, overwrite: bool, progress: Track) -> Pack
     """
     config, folder = load_run_config(run)
     target = folder.with_name(folder.name + _SUFFIX)
+    _bring_back(target)
     if target.exists() and not overwrite:
         raise InputError(f"{target} is there already: look at it with ns-viewer, or give --overwrite")
     state, path = newest_checkpoint(folder / config.relative_model_dir)
@@ -100,8 +101,8 @@ def pack_run(run: Path, *, half: bool, overwrite: bool, progress: Track) -> Pack
     layout = PageLayout(config.pipeline.model.field, octree.node_resolution, config.pipeline.model.octree.max_level)
     work = folder.with_name(f".{target.name}.unfinished")
     try:
-        _require_space(folder.parent, sum(value.nbytes for value in model.values()), layout, octree, half)
         shutil.rmtree(work, ignore_errors=True)  # of a packing that was killed
+        _require_space(folder.parent, sum(value.nbytes for value in model.values()), layout, octree, half)
         work.mkdir()
         checksums, rounding = write_pages(model, octree, layout, work / PAGES, half, progress)
         small = small_state(model, octree, layout, checksums)
@@ -121,6 +122,7 @@ def pack_run(run: Path, *, half: bool, overwrite: bool, progress: Track) -> Pack
         if failure is not None:
             raise OSError(failure)
         config.timestamp += _SUFFIX
+        place_config(config, target)
         if not hasattr(config.pipeline.model, "streaming"):  # of a run of an earlier version
             config.pipeline.model.streaming = StreamingConfig()
         (work / "config.yml").write_text(yaml.dump(config), encoding="utf-8")
@@ -150,9 +152,19 @@ def _require_space(folder: Path, model_bytes: int, layout: PageLayout, octree: O
         )
 
 
+def _older(target: Path) -> Path:
+    return target.with_name(f".{target.name}.older")
+
+
+def _bring_back(target: Path) -> None:
+    """The older packed run, if a packing was killed just before the new one took its place."""
+    if _older(target).exists() and not target.exists():
+        _older(target).rename(target)
+
+
 def _put_in_place(work: Path, target: Path) -> None:
     """Renames the finished folder; an older one goes only when the new one is there."""
-    older = work.with_name(f".{target.name}.older")
+    older = _older(target)
     shutil.rmtree(older, ignore_errors=True)
     if target.exists():
         os.replace(target, older)

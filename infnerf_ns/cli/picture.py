@@ -12,8 +12,8 @@ import cv2
 import numpy as np
 import torch
 import tyro
-from nerfstudio.utils.eval_utils import eval_setup
 
+from infnerf_ns.cli.runs import open_run
 from infnerf_ns.errors import InputError
 from infnerf_ns.pipeline import InfNeRFPipeline
 
@@ -41,9 +41,7 @@ class Picture:
             raise InputError(f"--load-config {self.load_config}: there is no such file; give a run's config.yml")
         if self.output.suffix.lower() not in _SUFFIXES:
             raise InputError(f"--output {self.output}: the name must end in {' or '.join(_SUFFIXES)}")
-        _, pipeline, _, _ = eval_setup(self.load_config)
-        if not isinstance(pipeline, InfNeRFPipeline):
-            raise InputError(f"--load-config {self.load_config}: this is not a run of infnerf")
+        pipeline = open_run(self.load_config).pipeline
         held_out = pipeline.datamanager.fixed_indices_eval_dataloader
         rows = []
         for number in self.photos:
