@@ -3,6 +3,7 @@ On a real run: test_end_to_end_ortho.py."""
 
 from __future__ import annotations
 
+import errno
 import io
 import resource
 import sys
@@ -317,6 +318,30 @@ def test_an_interrupted_map_goes_on(tmp_path: Path, capsys: pytest.CaptureFixtur
     assert np.array_equal(png(path), whole()["rgb"])
 
 
+def test_a_map_of_two_files_goes_on_when_the_second_cannot_be_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Regression: the first file was there already, and the same command refused to go on."""
+    pytest.importorskip("rasterio", reason="writes GeoTIFF; pip install infnerf-ns[geo]")
+    targets = {"rgb": tmp_path / "map.png", "height": tmp_path / "dsm.tif"}
+    plan = Map(GRID, targets, tile=16)
+    raster_writer = ortho_map.raster_writer
+
+    def full(draft: Path, path: Path, content: str, *rest):  # noqa: ANN002, ANN202
+        if content == "height":
+            raise OSError(errno.ENOSPC, "No space left on device")
+        return raster_writer(draft, path, content, *rest)
+
+    monkeypatch.setattr(ortho_map, "raster_writer", full)
+    with pytest.raises(InputError, match="No space left on device.*the same command goes on"):
+        plan.make(Painted(), TileFolder(targets["rgb"], SETTINGS), anew=False)
+    assert [path.name for path in tmp_path.iterdir()] == [".map.png.tiles"]
+    monkeypatch.undo()
+    rest = Painted()
+    plan.make(rest, TileFolder(targets["rgb"], SETTINGS), anew=False)
+    assert rest.windows == [] and sorted(p.name for p in tmp_path.iterdir()) == ["dsm.tif", "map.pgw", "map.png"]
+
+
 def test_tiles_of_other_settings_are_not_mixed_in(tmp_path: Path) -> None:
     path = tmp_path / "map.png"
     plan = Map(GRID, {"rgb": path}, tile=16)
@@ -456,7 +481,7 @@ def test_wrong_options_are_one_line(tmp_path: Path, options: dict, message: str)
 
 @pytest.mark.parametrize(
     "crs, message",
-    [("EPSG:32614x", "--crs EPSG:32614x: .*give a code such as"), ("EPSG:4326", "--crs EPSG:4326 counts in degrees")],
+    [("EPSG:32614x", "--crs EPSG:32614x: .*give a code such as"), ("EPSG:4326", "4326 is not a projected system")],
 )
 def test_wrong_reference_systems_are_one_line(tmp_path: Path, crs: str, message: str) -> None:
     pytest.importorskip("rasterio", reason="knows reference systems; pip install infnerf-ns[geo]")

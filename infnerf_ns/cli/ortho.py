@@ -7,6 +7,7 @@ it is finished; neither the map nor, for a packed run, the octree has to fit int
 
 from __future__ import annotations
 
+import zlib
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Literal, Optional
@@ -14,18 +15,16 @@ from typing import Annotated, Literal, Optional
 import numpy as np
 import tyro
 from jaxtyping import Float
-from nerfstudio.utils.eval_utils import eval_setup
 
 from infnerf_ns.cli.ortho_map import Map
 from infnerf_ns.cli.ortho_render import TileRenderer, content_box
 from infnerf_ns.cli.ortho_tiles import TileFolder
 from infnerf_ns.cli.raster_files import Content, require_writable_kind
 from infnerf_ns.cli.raster_grid import ParallelRays, RasterGrid
-from infnerf_ns.cli.runs import load_run_config
+from infnerf_ns.cli.runs import open_run
 from infnerf_ns.errors import InputError
-from infnerf_ns.map_frame import MapFrame, map_frame
+from infnerf_ns.map_frame import TRANSFORMS, MapFrame, map_frame
 from infnerf_ns.model import InfNeRFModel
-from infnerf_ns.pipeline import InfNeRFPipeline
 from infnerf_ns.validation import Range, enforce, validate_config, warn
 
 _LONGER_SIDE = 2048
@@ -73,15 +72,10 @@ class Ortho:
         """Renders what is missing and writes the files."""
         self._check_options()
         targets = self._targets()
-        _, folder = load_run_config(self.run)
-        _, pipeline, checkpoint, _ = eval_setup(
-            self.run / "config.yml" if self.run.is_dir() else self.run, test_mode="inference"
-        )
-        if not isinstance(pipeline, InfNeRFPipeline):
-            raise InputError(f"{self.run}: this is not a run of infnerf")
+        pipeline, folder, checkpoint = open_run(self.run, test_mode="inference")
         model = pipeline.model
         frame = map_frame(folder, model.field.octree.cube.rotation[2].cpu().numpy(), self.up).shifted(self.origin)
-        self._check_frame(frame)
+        self._check_frame(frame, folder)
         low, high = content_box(model, frame)
         grid = self._grid(low, high)
         rays = self._rays(model, frame, grid, low, high)
@@ -90,6 +84,7 @@ class Ortho:
             next(iter(targets.values())),
             {
                 "checkpoint": [str(checkpoint.resolve()), stat.st_size, stat.st_mtime_ns],
+                "configuration": zlib.crc32((folder / "config.yml").read_bytes()),
                 "contents": sorted(targets),
                 "frame": [frame.axes.tolist(), frame.zero.tolist(), frame.unit, *frame.shift],
                 "bounds": grid.bounds,
@@ -137,10 +132,18 @@ class Ortho:
                 raise InputError(f"{flags[content]} {path} is there already: choose another name, or give --overwrite")
         return targets
 
-    def _check_frame(self, frame: MapFrame) -> None:
-        if (self.crs is not None or self.origin != (0.0, 0.0)) and not frame.is_capture:
+    def _check_frame(self, frame: MapFrame, folder: Path) -> None:
+        if self.crs is None and self.origin == (0.0, 0.0):
+            return
+        flag = "--crs" if self.crs is not None else "--origin"
+        if not (folder / TRANSFORMS).exists():
             raise InputError(
-                f"{'--crs' if self.crs is not None else '--origin'}: the capture's z axis does not point up, so its"
+                f"{flag}: {folder} has no {TRANSFORMS}, which leads back to the capture's coordinates: copy it from the"
+                " run that ns-train wrote"
+            )
+        if not frame.is_capture:
+            raise InputError(
+                f"{flag}: the capture's z axis does not point up, so its"
                 " coordinates are not those of a map; leave it away, or insist with --up capture"
             )
 
@@ -161,7 +164,8 @@ class Ortho:
     def _rays(
         self, model: InfNeRFModel, frame: MapFrame, grid: RasterGrid, low: np.ndarray, high: np.ndarray
     ) -> ParallelRays:
-        extent = float(high[2] - low[2])
+        # Points at one height have no extent; what stands on a plain is lower than the plain is wide.
+        extent = max(float(high[2] - low[2]), 1e-3 * float((high - low)[:2].max()))
         # Above the surface no photo looks down from everywhere, so floaters stay there; below, a pit may be deeper than
         # what structure from motion has found in it.
         top = float(high[2]) + 0.2 * extent if self.top is None else self.top

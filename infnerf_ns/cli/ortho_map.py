@@ -47,8 +47,8 @@ class Map:
     """side of a tile in pixels"""
 
     def make(self, source: TileSource, tiles: TileFolder, *, anew: bool) -> None:
-        """Renders the tiles that are not there yet, writes the files, and drops the tiles. A file appears under its
-        name only when it is complete.
+        """Renders the tiles that are not there yet, writes the files, and drops the tiles. The files appear under their
+        names when all of them are complete.
 
         Args:
             source: of the pixels.
@@ -63,8 +63,7 @@ class Map:
             tiles.begin(anew=anew)
             with _progress() as progress:
                 self._render(source, tiles, progress)
-                for content in self.targets:
-                    self._write(content, tiles, progress)
+                self._write_all(tiles, progress)
         except OSError as error:
             raise InputError(
                 f"{error.filename or tiles.path.parent} cannot be written ({error.strerror or error}): make room, or"
@@ -102,22 +101,27 @@ class Map:
             tiles.save(window, tile)
             progress.advance(task)
 
-    def _write(self, content: Content, tiles: TileFolder, progress: Progress) -> None:
-        path = self.targets[content]
+    def _write_all(self, tiles: TileFolder, progress: Progress) -> None:
+        drafts = {path: path.with_name(f".{path.name}.unfinished") for path in self.targets.values()}
+        try:
+            for content, path in self.targets.items():
+                self._write(content, path, drafts[path], tiles, progress)
+            for path, draft in drafts.items():
+                if path.suffix.lower() == ".png":
+                    path.with_suffix(".pgw").write_text(world_file(self.grid))
+                draft.replace(path)
+        finally:
+            for draft in drafts.values():
+                draft.unlink(missing_ok=True)
+
+    def _write(self, content: Content, path: Path, draft: Path, tiles: TileFolder, progress: Progress) -> None:
         strips: dict[int, list[Window]] = {}
         for window in self.grid.windows(self.tile):
             strips.setdefault(window.row, []).append(window)
-        draft = path.with_name(f".{path.name}.unfinished")
-        try:
-            with raster_writer(draft, path, content, self.grid, self.crs) as writer:
-                for row, windows in progress.track(strips.items(), description=f"Writing {path.name}"):
-                    parts = [_finished(tiles, window)[content] for window in sorted(windows)]
-                    writer.write(row, np.concatenate(parts, axis=1))
-            if path.suffix.lower() == ".png":
-                path.with_suffix(".pgw").write_text(world_file(self.grid))
-            draft.replace(path)
-        finally:
-            draft.unlink(missing_ok=True)
+        with raster_writer(draft, path, content, self.grid, self.crs) as writer:
+            for row, windows in progress.track(strips.items(), description=f"Writing {path.name}"):
+                parts = [_finished(tiles, window)[content] for window in sorted(windows)]
+                writer.write(row, np.concatenate(parts, axis=1))
 
 
 def _finished(tiles: TileFolder, window: Window) -> Tile:

@@ -10,8 +10,10 @@ from nerfstudio.cameras.rays import RayBundle
 from infnerf_ns.cli.ortho_tiles import Tile
 from infnerf_ns.cli.raster_files import NO_HEIGHT, Content
 from infnerf_ns.cli.raster_grid import ParallelRays, Window
+from infnerf_ns.errors import InputError
 from infnerf_ns.map_frame import MapFrame
 from infnerf_ns.model import InfNeRFModel
+from infnerf_ns.streaming.node_cache import BUDGET_VARIABLE
 from infnerf_ns.streaming.selection import fitting_scale
 
 _SMALLEST_PART = 16
@@ -52,13 +54,24 @@ class TileRenderer:
 
     def __call__(self, window: Window) -> Tile:
         """A tile. Nodes that do not fit into the memory budget together are loaded one part of the tile after the
-        other, so that no tile is coarser than its neighbour."""
+        other, so that no tile is coarser than its neighbour.
+
+        Raises:
+            InputError: not even those of the smallest part fit.
+        """
         rays = self._rays.bundle(window, self._model.device)
         if max(window.width, window.height) > _SMALLEST_PART and not self._fits(rays):
             first, second = (self(half) for half in window.halves())
             axis = 1 if window.width >= window.height else 0
             return {name: np.concatenate([first[name], second[name]], axis) for name in first}
         outputs = self._model.get_outputs_for_camera_ray_bundle(rays)
+        views = self._model.views
+        if views is not None and views.last_frame is not None and views.last_frame.coarsened:
+            raise InputError(
+                f"a budget of {views.cache.budget_bytes / 2**20:.0f} MiB does not hold the nodes of"
+                f" {window.width} x {window.height} pixels: raise {BUDGET_VARIABLE}; finished tiles are kept, the same"
+                " command goes on with them"
+            )
         hit = (outputs["accumulation"][..., 0] >= _HIT).cpu().numpy()
         tile: Tile = {}
         if "rgb" in self._contents:

@@ -71,10 +71,8 @@ def require_writable_kind(path: Path, content: Content, crs: str | None, flag: s
                 system = CRS.from_user_input(crs)
             except (rasterio.errors.CRSError, ValueError) as error:
                 raise InputError(f"--crs {crs}: {error}; give a code such as EPSG:32614") from error
-            if system.is_geographic:
-                raise InputError(
-                    f"--crs {crs} counts in degrees: give the projected system of the capture, e.g. its UTM zone"
-                )
+            if not system.is_projected:
+                raise InputError(f"--crs {crs} is not a projected system: give that of the capture, e.g. its UTM zone")
     elif suffix == ".png" and content == "rgb":
         if crs is not None:
             raise InputError(f"--crs {crs}: a PNG's world file has no place for it; write a .tif")
