@@ -20,20 +20,20 @@ import tyro
 from jaxtyping import Float
 from nerfstudio.cameras.camera_paths import get_path_from_json
 from nerfstudio.cameras.cameras import Cameras
-from nerfstudio.utils.eval_utils import eval_setup
 from rich.progress import track
 from torch import Tensor
 
 from infnerf_ns.cli.bench_machine import describe_machine
 from infnerf_ns.cli.bench_output import table_and_plot, write_table
 from infnerf_ns.cli.fly_in_path import between, camera_path, fly_in
-from infnerf_ns.cli.runs import load_run_config
+from infnerf_ns.cli.runs import open_run
 from infnerf_ns.errors import InputError
 from infnerf_ns.model import InfNeRFModel
 from infnerf_ns.pipeline import InfNeRFPipeline
 
 _SMALL_STEP = 0.001
 """Of a frame."""
+_FRAMES = 60
 _MIB = 2**20
 
 
@@ -47,14 +47,14 @@ class Flyin:
     """Memory for nodes."""
     photo: int | None = None
     """Train photo that the flight ends at; by default the one with the nearest surroundings."""
+    frames: int | None = None
+    """Of the flight; by default 60."""
     camera_path: Path | None = None
-    """Fly this path (nerfstudio's format) instead."""
-    frames: int = 60
-    """Of the flight."""
+    """Fly this path (nerfstudio's format) instead, at its own proportions."""
     width: int = 480
     """Of a frame, pixels."""
-    height: int = 270
-    """Of a frame, pixels."""
+    height: int | None = None
+    """Of a frame of the flight, pixels; by default 9 to 16 of the width."""
     output: Path = Path("flyin")
     """Table, plot and camera path (for ns-render camera-path): this name with .csv, .png and .json; the frames are
     written into a folder of this name."""
@@ -62,9 +62,7 @@ class Flyin:
     def main(self) -> None:
         """Flies, prints what was found, writes table, plot, path and frames."""
         self._check()
-        _, folder = load_run_config(self.run)
-        _, pipeline, _, _ = eval_setup(folder / "config.yml", test_mode="test")
-        assert isinstance(pipeline, InfNeRFPipeline)
+        pipeline, folder, _ = open_run(self.run)
         model = pipeline.model
         if model.views is None:
             raise InputError(f"{folder}: this run is not packed; make a packed one with infnerf-pack {folder}")
@@ -72,7 +70,6 @@ class Flyin:
         table, plot = table_and_plot(self.output)
         path = self._path(pipeline)
         model.views.cache.set_budget(self.budget_mib << 20)
-        self.output.mkdir(exist_ok=True)
         rows = []
         for number in track(range(len(path)), "flying", transient=True):
             row, rgb = _frame(model, path, number)
@@ -85,10 +82,21 @@ class Flyin:
 
     def _check(self) -> None:
         for name, least in (("budget_mib", 1), ("frames", 2), ("width", 1), ("height", 1)):
-            if getattr(self, name) < least:
-                raise InputError(f"--{name.replace('_', '-')} {getattr(self, name)}: give {least} or more")
-        if self.camera_path is not None and not self.camera_path.is_file():
-            raise InputError(f"--camera-path {self.camera_path}: there is no such file")
+            value = getattr(self, name)
+            if value is not None and value < least:
+                raise InputError(f"--{name.replace('_', '-')} {value}: give {least} or more")
+        if self.camera_path is not None:
+            if not self.camera_path.is_file():
+                raise InputError(f"--camera-path {self.camera_path}: there is no such file")
+            for name in ("photo", "frames", "height"):
+                if getattr(self, name) is not None:
+                    raise InputError(f"--{name} {getattr(self, name)}: --camera-path says that; leave it out")
+        try:
+            self.output.mkdir(parents=True, exist_ok=True)
+            for frame in self.output.glob("[0-9][0-9][0-9][0-9].png"):  # of a longer flight
+                frame.unlink()
+        except OSError as error:
+            raise InputError(f"--output {self.output}: cannot be written ({error.strerror}); choose another") from error
 
     def _path(self, pipeline: InfNeRFPipeline) -> Cameras:
         """The cameras of the flight; one that is made here is written down."""
@@ -99,6 +107,8 @@ class Flyin:
                 raise InputError(
                     f"--camera-path {self.camera_path}: not a camera path of nerfstudio ({error})"
                 ) from error
+            if len(path) < 2:
+                raise InputError(f"--camera-path {self.camera_path}: a flight has two cameras or more")
             path.rescale_output_resolution(self.width / float(path.width[0]))
             return path.to(pipeline.device)
         cameras = pipeline.datamanager.train_dataset.cameras
@@ -109,9 +119,10 @@ class Flyin:
         photo = int(nears.argmin()) if self.photo is None else self.photo
         cube = model.field.whole_tree.cube
         end, distance = cameras.camera_to_worlds[photo].cpu(), 2 * float(nears[photo])
-        poses = fly_in(end, distance, cube.rotation[2].cpu(), 2.5 * cube.side, self.frames)
+        poses = fly_in(end, distance, cube.rotation[2].cpu(), 2.5 * cube.side, self.frames or _FRAMES)
         focal = float(cameras.fx[photo]) / float(cameras.width[photo]) * self.width
-        written = camera_path(poses, self.width, self.height, focal, frames_per_second=24)
+        height = self.height or max(1, round(self.width * 9 / 16))
+        written = camera_path(poses, self.width, height, focal, frames_per_second=24)
         file = self.output.with_name(f"{self.output.name}.json")
         file.write_text(json.dumps(written), encoding="utf-8")
         print(f"infnerf: the flight ends at train photo {photo}; its path is {file}")
@@ -123,7 +134,6 @@ def _frame(model: InfNeRFModel, path: Cameras, number: int) -> tuple[dict, Float
     assert model.views is not None
     views, cache = model.views, model.views.cache
     camera = path[number : number + 1]
-    prefetched = cache.counters.prefetched
     start = perf_counter()
     rgb = model.get_outputs_for_camera_ray_bundle(model.camera_rays(camera))["rgb"]
     seconds, report = perf_counter() - start, views.last_frame
@@ -133,14 +143,17 @@ def _frame(model: InfNeRFModel, path: Cameras, number: int) -> tuple[dict, Float
     nearly = path[number : number + 1]
     nearly.camera_to_worlds = between(camera.camera_to_worlds[0], following.camera_to_worlds[0], _SMALL_STEP)[None]
     moved = model.get_outputs_for_camera_ray_bundle(model.camera_rays(nearly))["rgb"]
+    read, prefetched = cache.counters.bytes_read, cache.counters.prefetched
     if number + 1 < len(path):
         views.prefetch(following, model.camera_rays)
+        cache.settle()
     row = {
         "frame": number,
         "seconds": round(seconds, 3),
         "nodes_in_view": report.nodes_in_view,
         "nodes_used": report.nodes_used,
         "read_mib": round(report.bytes_read / _MIB, 3),
+        "read_ahead_mib": round((cache.counters.bytes_read - read) / _MIB, 3),
         "prefetched_pages": cache.counters.prefetched - prefetched,
         "resident_mib": round(report.bytes_resident / _MIB, 3),
         "peak_mib": round(cache.counters.peak_bytes / _MIB, 3),
@@ -180,7 +193,9 @@ def _plot(rows: list[dict], path: Path, budget_mib: int) -> None:
     time.plot(frame, [row["seconds"] for row in rows])
     time.set(ylabel="s per frame", ylim=(0, None))
     memory.plot(frame, [row["resident_mib"] for row in rows], label="resident")
-    memory.bar(frame, [row["read_mib"] for row in rows], color="tab:orange", label="read for the frame")
+    read, ahead = ([row[name] for row in rows] for name in ("read_mib", "read_ahead_mib"))
+    memory.bar(frame, read, color="tab:orange", label="read while the frame was drawn")
+    memory.bar(frame, ahead, bottom=read, color="tab:green", label="read ahead for the next one")
     memory.axhline(budget_mib, color="k", ls="--", lw=1, label="budget")
     memory.set(ylabel="MiB")
     nodes.plot(frame, [row["nodes_in_view"] for row in rows], label="in view")

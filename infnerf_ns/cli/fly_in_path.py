@@ -17,7 +17,8 @@ from torch import Tensor
 def fly_in(
     end: Float[Tensor, "3 4"], distance: float, up: Float[Tensor, "3"], orbit: float, frames: int
 ) -> Float[Tensor, "F 3 4"]:
-    """Poses (camera to world, OpenGL axes) that end in a given one and start straight above what that one looks at.
+    """Poses (camera to world, OpenGL axes) that end in a given one and start straight above what that one looks at;
+    of a photo that was taken on its side, above in the photo.
 
     Args:
         end: last pose.
@@ -28,6 +29,8 @@ def fly_in(
     """
     right, backward = end[:, 0], end[:, 2]
     target = end[:, 3] - distance * backward
+    if float((up @ right).abs()) > 0.9:  # a photo on its side: it is flown to as it lies
+        up = end[:, 1]
     above = torch.nn.functional.normalize(up - (up @ right) * right, dim=0)
     angle = torch.atan2(torch.linalg.cross(above, backward) @ right, above @ backward)
     poses = []
