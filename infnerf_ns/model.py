@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import torch
+import tyro
 from jaxtyping import Float
 from nerfstudio.cameras.camera_optimizers import CameraOptimizer, CameraOptimizerConfig
 from nerfstudio.cameras.cameras import Cameras, CameraType
@@ -96,7 +97,7 @@ class StreamingConfig:
     """Memory for nodes. Views that need more are drawn coarser. INFNERF_BUDGET_MIB in the environment goes before."""
     prefetch: bool = True
     """Load what the next camera of a path will need, if it moves on as it does."""
-    pages: Path | None = None
+    pages: Annotated[Path | None, tyro.conf.Suppress] = None
     """Folder of the pages; set when the checkpoint is looked up."""
 
 

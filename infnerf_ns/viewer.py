@@ -24,11 +24,11 @@ from infnerf_ns.model import InfNeRFModel
 from infnerf_ns.octree import Octree
 from infnerf_ns.streaming.node_cache import NodeCache
 from infnerf_ns.tree_colors import level_colors
+from infnerf_ns.validation import warn
 from infnerf_ns.wireframe import cube_edges, lines_gltf
 
 _LOOK_EVERY = 0.2
-"""Seconds between two looks at what there is to show. Asking beats being told: a render thread may be interrupted at
-any line, also within what it tells."""
+"""Seconds between two looks at what there is to show."""
 _FINEST_BIAS, _COARSEST_BIAS = -2.0, 4.0
 _MIB = 2**20
 ALL, IN_VIEW, USED, RESIDENT = "all", "in view", "used", "resident"
@@ -181,9 +181,15 @@ class OctreeViewer(ViewerControl):
 
     def _keep_looking(self) -> None:
         wait = threading.Event()
+        said = ""
         while not wait.wait(_LOOK_EVERY):
-            self.look_ahead()
-            self.refresh()
+            try:
+                self.look_ahead()
+                self.refresh()
+            except Exception as error:  # a page that is being closed, for instance; the panel must live on
+                if repr(error) != said:
+                    said = repr(error)
+                    warn(f"the viewer's octree panel could not be brought up to date ({said})")
 
     def refresh(self, *_: Any) -> None:
         """Brings the page up to date with the tree and the nodes of the last image."""

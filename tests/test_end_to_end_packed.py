@@ -139,6 +139,8 @@ def test_the_flight_stays_within_its_budget(ran: Ran) -> None:
     assert len(rows) == len(list((ran.folder / "flyin").glob("*.png"))) == 4
     assert all(0 < float(row["resident_mib"]) <= float(row["peak_mib"]) <= BUDGET_MIB for row in rows)
     assert [int(row["nodes_used"]) for row in rows][0] == 1, "from orbit the root is enough"
+    assert sum(float(row["read_ahead_mib"]) for row in rows) > 0, "and the next frame's nodes are loaded behind it"
+    assert float(rows[0]["read_mib"]) == float(rows[-1]["read_ahead_mib"]) == 0
     assert max(int(row["nodes_used"]) for row in rows) > 1
     assert all(float(row["change_still"]) == 0 for row in rows)
     assert picture(ran.folder / "flyin.png").std() > 0.05

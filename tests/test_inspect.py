@@ -233,6 +233,21 @@ def test_too_small_a_budget_is_told(models: TinyPacked) -> None:
     assert view.footprint_scale > 1 and int(view.used.sum()) <= 4 < int(view.in_view.sum())
 
 
+def test_the_rays_that_try_out_a_budget_do_not_count(models: TinyPacked) -> None:
+    """Regression: the histogram also held the few thousand rays that say which nodes an image needs."""
+    streamed = models.load()
+    cache, camera = streamed.views.cache, tiny_camera(CameraType.PERSPECTIVE, 3000.0)
+    cache.set_budget(cache.root_bytes + 3 * cache.page_bytes)
+    streamed.get_outputs_for_camera(camera)
+    scale = streamed.views.last_frame.footprint_scale
+    tried = look(streamed, camera, "tried out")
+    assert tried.footprint_scale == scale > 1
+    models.model.footprint_scale = scale
+    asked = look(models.model, camera, "asked for")
+    models.model.footprint_scale = 1.0
+    assert torch.allclose(tried.sample_share, asked.sample_share, atol=1e-4)
+
+
 @pytest.fixture
 def in_place(models: TinyPacked, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A run's folder whose model needs no data: its held-out photos are two cameras."""

@@ -186,6 +186,20 @@ def test_a_packed_model_gives_the_same_map_within_any_budget(tmp_path: Path) -> 
     assert not streamed.views.last_frame.coarsened
 
 
+def test_a_budget_too_small_for_a_few_pixels_ends_the_map(tmp_path: Path) -> None:
+    """Regression: such tiles were coarser, and kept for good."""
+    streamed = tiny_packed(tmp_path).load()
+    rays = of_scene(streamed, 0.004, 16, 16, beyond=1.0)
+    cache = streamed.views.cache
+    cache.set_budget(cache.root_bytes + cache.page_bytes)
+    with cache.frame():
+        pass
+    with pytest.raises(
+        InputError, match="does not hold the nodes of 16 x 16 pixels: raise INFNERF_BUDGET_MIB; finished"
+    ):
+        TileRenderer(streamed, rays, {"rgb"})(Window(0, 0, 16, 16))
+
+
 def test_what_comes_next_is_loaded_ahead(tmp_path: Path) -> None:
     streamed = tiny_packed(tmp_path).load()
     rays = of_scene(streamed, 0.01, 32, 32)
@@ -487,6 +501,23 @@ def test_wrong_reference_systems_are_one_line(tmp_path: Path, crs: str, message:
     pytest.importorskip("rasterio", reason="knows reference systems; pip install infnerf-ns[geo]")
     with pytest.raises(InputError, match=message):
         Ortho(tmp_path, output=tmp_path / "map.tif", crs=crs).main()
+
+
+def test_a_reference_system_needs_the_captures_coordinates(tmp_path: Path) -> None:
+    """Regression: without the file, the map lay in scene units at the wrong place."""
+    ortho, frame = Ortho(tmp_path, origin=(5e5, 4e6)), MapFrame(np.eye(3), np.zeros(3), 1.0, True)
+    with pytest.raises(InputError, match="--origin: .* has no dataparser_transforms.json.*copy it from the run"):
+        ortho._check_frame(frame, tmp_path)
+    (tmp_path / "dataparser_transforms.json").write_text("{}")
+    ortho._check_frame(frame, tmp_path)
+
+
+def test_points_at_one_height_have_room_above_and_below() -> None:
+    model = tiny_model().eval()
+    rays = Ortho(Path())._rays(
+        model, MapFrame(np.eye(3), np.zeros(3), 1.0, True), GRID, np.zeros(3), np.array([9, 7, 0])
+    )
+    assert rays.bottom < 0 < rays.top
 
 
 def test_without_rasterio_there_is_a_remedy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -6,6 +6,7 @@ import errno
 import os
 import shutil
 import signal
+import stat
 import subprocess
 import sys
 import time
@@ -16,13 +17,13 @@ import pytest
 import torch
 import yaml
 from nerfstudio.cameras.cameras import CameraType
-from tiny_model import ray_batch, tiny_camera
+from tiny_model import ray_batch, scrambled, tiny_camera, tiny_config, tiny_model
 from tiny_packed import TinyPacked, tiny_packed, tiny_run
 
 from infnerf_ns.cli.pack import Packed, pack_run
 from infnerf_ns.errors import InputError
 from infnerf_ns.model import InfNeRFModel
-from infnerf_ns.streaming.packing import CHECKSUMS, write_pages
+from infnerf_ns.streaming.packing import CHECKSUMS, small_state, write_pages
 from infnerf_ns.training import checkpoints
 
 CAMERAS = {
@@ -253,6 +254,37 @@ def test_packing_makes_a_run_beside_the_run(tmp_path: Path) -> None:
     assert sorted(path.name for path in run.parent.iterdir()) == ["run", "run-packed"]
 
 
+def test_a_run_is_packed_wherever_one_stands_and_whatever_it_is_called(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = tiny_run(tmp_path)
+    renamed = run.rename(run.with_name("renamed"))
+    monkeypatch.chdir(renamed)
+    packed = pack(Path("."))
+    assert packed.folder == renamed.with_name("renamed-packed")
+    config = yaml.load((packed.folder / "config.yml").read_text(), Loader=yaml.Loader)
+    assert config.get_base_dir() == packed.folder, "its own configuration leads to it"
+
+
+def test_whoever_may_read_the_run_may_read_its_pages(tmp_path: Path) -> None:
+    """Regression: safetensors' own file is for its owner alone."""
+    run = tiny_run(tmp_path)
+    usual = stat.S_IMODE((run / "config.yml").stat().st_mode)
+    for page in (pack(run).folder / "pages").rglob("*.safetensors"):
+        assert stat.S_IMODE(page.stat().st_mode) == usual
+
+
+def test_a_root_alone_is_packed_and_loaded(tmp_path: Path) -> None:
+    """Regression: without pages there was no folder of pages, and so no run."""
+    model = scrambled(tiny_model(tiny_config(max_level=0), active=0)).eval()
+    octree, layout = model.field.octree, model.field.pages
+    assert octree.num_nodes == 1
+    state = {name: value.detach() for name, value in model.state_dict().items()}
+    checksums, _ = write_pages(state, octree, layout, tmp_path / "pages", False, iter)
+    streamed = TinyPacked(model, tmp_path / "pages", small_state(state, octree, layout, checksums), 0.0).load()
+    assert max(differences(model, streamed, "perspective").values()) < 1e-6
+
+
 def test_a_run_of_an_earlier_version_can_be_packed(tmp_path: Path) -> None:
     run = tiny_run(tmp_path)
     config = yaml.load((run / "config.yml").read_text(), Loader=yaml.Loader)
@@ -357,6 +389,25 @@ def test_an_older_packed_run_stays_until_the_new_one_is_complete(tmp_path: Path)
     with pytest.raises(KeyboardInterrupt):
         pack_run(run, half=False, overwrite=True, progress=stops)
     assert content(folder) == before and sorted(path.name for path in run.parent.iterdir()) == ["run", "run-packed"]
+
+
+def test_an_older_packed_run_comes_back_after_a_kill_between_two_renames(tmp_path: Path) -> None:
+    run = tiny_run(tmp_path)
+    folder = pack(run).folder
+    before = content(folder)
+    folder.rename(folder.with_name(".run-packed.older"))
+    with pytest.raises(InputError, match="run-packed is there already"):
+        pack(run)
+    assert content(folder) == before and sorted(path.name for path in run.parent.iterdir()) == ["run", "run-packed"]
+
+
+def test_what_a_killed_packing_has_left_takes_no_room(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run = tiny_run(tmp_path)
+    left = run.with_name(".run-packed.unfinished")
+    left.mkdir()
+    (left / "page").write_text("")
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=0 if left.exists() else 1 << 30))
+    pack(run)
 
 
 def test_a_kill_while_packing_leaves_the_run_as_it_was(tmp_path: Path) -> None:

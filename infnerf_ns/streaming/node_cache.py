@@ -64,6 +64,9 @@ class NodeCache:
         root_bytes: memory of what is always resident: the root's page and shared decoders.
         budget_bytes: for the root and all resident pages together.
         device: of the pool.
+
+    Raises:
+        InputError: the device has too little memory.
     """
 
     def __init__(
@@ -95,7 +98,13 @@ class NodeCache:
         self._damaged = torch.zeros(count, dtype=torch.bool)
         self._frozen: Bool[Tensor, "N"] | None = None
         self.budget_bytes, self._next_budget = budget_bytes, budget_bytes
-        self._allocate(budget_bytes)
+        try:
+            self._allocate(budget_bytes)
+        except (RuntimeError, MemoryError) as error:
+            raise InputError(
+                f"{budget_bytes / 2**20:.0f} MiB for nodes are more than is free on {self.device}: lower"
+                f" {BUDGET_VARIABLE}"
+            ) from error
 
     # -- memory
 
@@ -301,7 +310,7 @@ class NodeCache:
                 f" {self.octree.num_nodes} nodes: {consequence}; raise {BUDGET_VARIABLE} or the viewer's slider"
             )
 
-    # -- loading; everything below runs in the loader thread, but for the first four
+    # -- loading; everything below runs in the loader thread, but for the first five
 
     def _ask(self, job: Callable[..., None], *arguments: Any) -> None:
         """Has the loader do something and waits for it."""
@@ -311,6 +320,17 @@ class NodeCache:
             self._loader.submit(job, *arguments).result()
         finally:
             self._waiting.discard(thread)
+
+    def _later(self, job: Callable[..., None], *arguments: Any) -> None:
+        """Has the loader do something that nobody waits for."""
+
+        def try_it() -> None:
+            try:
+                job(*arguments)
+            except Exception as error:  # nobody would be told, and pages would just not come
+                warn(f"nodes could not be loaded ahead ({error!r})")
+
+        self._loader.submit(try_it)
 
     def _want(self, nodes: list[int], thread: int, began: int) -> None:
         """Has the loader fetch nodes that nobody waits for.
@@ -324,12 +344,12 @@ class NodeCache:
             before, wanted = self._wanted.get(thread, (began, set()))
             if before <= began:
                 self._wanted[thread] = began, set(nodes) | (wanted if before == began else set())
-        self._loader.submit(self._fetch_wanted)
+        self._later(self._fetch_wanted)
 
     def prefetch(self, nodes: Int[Tensor, "n"]) -> None:
         """Has the loader fetch nodes that will be needed, coarse ones first, as far as there is room beside what the
         frames under way use; whoever waits goes first."""
-        self._loader.submit(self._fetch_ahead, [node for node in nodes.cpu().sort().values.tolist() if node > 0])
+        self._later(self._fetch_ahead, [node for node in nodes.cpu().sort().values.tolist() if node > 0])
 
     def settle(self) -> None:
         """Waits until the loader has nothing to do."""
