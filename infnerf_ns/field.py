@@ -284,6 +284,8 @@ class OctreeField(nn.Module):
             The enlarged routed samples and their weights.
         """
         mixed = torch.nonzero(weight < 1)[:, 0]
+        if len(mixed) == 0:  # from close by, where leaves answer
+            return routed, weight
         path = torch.cat([routed.path, routed.path[mixed]])
         level = self.octree.level[routed.node[mixed]]
         path[torch.arange(len(routed.node), len(path), device=path.device), level] = -1

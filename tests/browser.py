@@ -83,6 +83,16 @@ class Page:
         self.call("Input.dispatchMouseEvent", type="mousePressed", **where)
         self.call("Input.dispatchMouseEvent", type="mouseReleased", **where)
 
+    def drag(self, start: tuple[int, int], end: tuple[int, int], steps: int = 8) -> None:
+        """Moves the pressed mouse over the scene, as one turns the camera; pixels of the page."""
+        press = {"button": "left", "clickCount": 1}
+        self.call("Input.dispatchMouseEvent", type="mousePressed", x=start[0], y=start[1], **press)
+        for step in range(1, steps + 1):
+            x, y = (a + (b - a) * step / steps for a, b in zip(start, end))
+            self.call("Input.dispatchMouseEvent", type="mouseMoved", x=x, y=y, button="left", buttons=1)
+            time.sleep(0.03)
+        self.call("Input.dispatchMouseEvent", type="mouseReleased", x=end[0], y=end[1], **press)
+
     def control(self, label: str) -> str:
         """JavaScript expression for the input with that label; waits until it is there."""
         found = f"[...document.querySelectorAll('label')].find(e => e.textContent.trim() === {label!r})"

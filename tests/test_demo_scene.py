@@ -19,7 +19,7 @@ from infnerf_ns.data.demo_scene import DemoSceneOptions, cache, load_or_generate
 from infnerf_ns.data.demo_scene.facade import brick_wall
 from infnerf_ns.data.demo_scene.flight import CLEARANCE, is_free, natural_count, plan_flight
 from infnerf_ns.data.demo_scene.photographer import Lens, Photographer
-from infnerf_ns.data.demo_scene.points import visible
+from infnerf_ns.data.demo_scene.points import CulledPoints, visible
 from infnerf_ns.data.demo_scene.raycaster import EmbreexRays, Open3DRays, make_raycaster
 from infnerf_ns.data.demo_scene.town import build_town
 
@@ -147,6 +147,15 @@ def test_nearly_every_point_is_seen_by_the_photo_it_was_picked_in(scene):
     points = scene.points
     own = points.seen_photo == points.source[points.seen_point]
     assert own.sum() > 0.99 * len(points.xyz)
+
+
+def test_points_of_far_columns_are_left_out(scene, rays):
+    culled, pose = CulledPoints(scene.points.xyz, 5.0), scene.poses[0]
+    everything, near = (culled.seen_from(rays, SMALL.lens, pose, *reach) for reach in ([], [60.0]))
+    distance = np.linalg.norm(scene.points.xyz - pose[:, 3], axis=-1)
+    assert set(near) <= set(everything) and distance[everything].max() > 80
+    assert set(everything[distance[everything] < 60]) <= set(near) and distance[near].max() < 60 + 20
+    assert 0 < len(near) < len(everything)
 
 
 def test_a_hidden_point_is_not_seen(scene, rays):
