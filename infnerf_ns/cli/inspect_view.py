@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -19,7 +18,7 @@ from torch import Tensor
 
 from infnerf_ns.cli.runs import open_run
 from infnerf_ns.errors import InputError
-from infnerf_ns.model import InfNeRFModel
+from infnerf_ns.model import BLEND_SHARPENING, InfNeRFModel
 from infnerf_ns.octree import Octree
 from infnerf_ns.ray_nodes import Evaluated
 from infnerf_ns.sampler import ORTHOGRAPHIC_FOOTPRINT
@@ -108,7 +107,7 @@ def look(model: InfNeRFModel, camera: Cameras, name: str) -> View:
 def _in_view(model: InfNeRFModel, octree: Octree, rays: RayBundle) -> Bool[Tensor, "N"]:
     parallel = (rays.metadata or {}).get(ORTHOGRAPHIC_FOOTPRINT)
     tiles = view_tiles(octree.cube, rays.origins, rays.directions, rays.pixel_area, rays.nears, parallel)
-    return touched_up_to(octree, tiles, math.sqrt(2) if model.config.blend_levels else 1.0) > 1
+    return touched_up_to(octree, tiles, BLEND_SHARPENING if model.config.blend_levels else 1.0) > 1
 
 
 @dataclass

@@ -112,7 +112,7 @@ def touched_up_to(octree: Octree, tiles: Tiles, sharpening: float = 1.0) -> Floa
     Args:
         octree: the whole tree.
         tiles: of the view.
-        sharpening: samples are routed by their footprints over this (the model's blend of levels: sqrt 2).
+        sharpening: samples are routed by their footprints over this (for the model's blend of levels).
 
     Returns:
         Never larger at a child than at its parent.
