@@ -16,8 +16,8 @@ from infnerf_ns.data.demo_scene.raycaster import RayCaster
 
 POINTS_PER_PHOTO = 400
 MAX_POINTS = 2_600_000
-"""Of all photos; towns of more than 8 x 8 blocks get fewer per photo. A sixth of that left a town of 8 x 8 blocks a tree
-of half its nodes, as too few points fell into each cell."""
+"""Of all photos; towns of more than 8 x 8 blocks get fewer per photo. A sixth of that left a town of 8 x 8 blocks a
+tree of half its nodes, as too few points fell into each cell."""
 
 
 @dataclass
