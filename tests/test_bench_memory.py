@@ -37,7 +37,7 @@ def test_the_views_stand_where_they_are_said_to() -> None:
 
 
 @pytest.mark.slow
-def test_two_towns_are_trained_packed_and_looked_at(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_town_is_trained_packed_and_looked_at(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(BUDGET_VARIABLE, "0.001")  # of no effect here
     preset, output = tmp_path / "tiny.yaml", tmp_path / "memory"
     preset.write_text(TINY)
@@ -45,15 +45,15 @@ def test_two_towns_are_trained_packed_and_looked_at(tmp_path: Path, monkeypatch:
     bench.main()
     with open(output.with_suffix(".csv")) as file:
         rows = list(csv.DictReader(file))
-    assert [(row["area"], row["view"]) for row in rows] == [(area, view) for area in ("1", "4") for view in VIEWS]
+    assert [(row["area"], row["view"]) for row in rows] == [("1", view) for view in VIEWS]
     for row in rows:
         used, seen, nodes = (int(row[name]) for name in ("nodes_used", "nodes_in_view", "nodes"))
         assert 1 <= used <= seen <= nodes
         page = (float(row["model_mib"]) - float(row["resident_mib"])) / max(nodes - used, 1)
         assert float(row["share"]) == pytest.approx(float(row["resident_mib"]) / float(row["model_mib"]), abs=0.01)
         assert float(row["read_mib"]) == pytest.approx((used - 1) * page, abs=0.02), "what is used and nothing else"
-    assert int(rows[3]["nodes"]) > int(rows[0]["nodes"]) > 1
-    assert Image.open(tmp_path / "memory_views.png").size == (3 * 48, 2 * 27)
+    assert int(rows[0]["nodes"]) > 1
+    assert Image.open(tmp_path / "memory_views.png").size == (3 * 48, 27)
     assert Image.open(tmp_path / "memory.png").size[0] > 300
 
 
