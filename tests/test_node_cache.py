@@ -144,6 +144,20 @@ def test_prefetching_takes_nothing_from_a_frame_under_way(packed: TinyPacked) ->
     assert cache.counters.prefetched == 0
 
 
+def test_prefetching_takes_nothing_from_the_last_frame(packed: TinyPacked) -> None:
+    """Regression: what could be seen next took the room of what was used, which was read again frame by frame."""
+    cache, last = packed.cache(nodes=5), packed.model.field.octree.nodes_per_level[3] - 1
+    with cache.frame():
+        ask(cache, packed, leaf(packed, last))
+    for _ in range(4):
+        with cache.frame():
+            ask(cache, packed, leaf(packed))
+        cache.prefetch(torch.arange(packed.model.field.octree.num_nodes))
+        cache.settle()
+        assert ancestors(packed, leaf(packed)) <= holds(cache)
+    assert cache.counters.misses == 6 and len(holds(cache)) == 5, "the room beside it is taken"
+
+
 def test_a_walk_that_does_not_wait_gets_coarse_nodes_first(packed: TinyPacked) -> None:
     cache = packed.cache(nodes=50)
     cache.waits = False

@@ -87,6 +87,7 @@ class NodeCache:
         self._loader = ThreadPoolExecutor(1, "infnerf-pages")
         self._clock = itertools.count(1)
         self._frames: dict[int, int] = {}
+        self._last_frame = 0
         self._waiting: set[int] = set()
         self._wanted: dict[int, tuple[int, set[int]]] = {}
         self._told = False
@@ -222,7 +223,7 @@ class NodeCache:
             self._frames.pop(gone, None)
         if self._next_budget != self.budget_bytes and not self._frames:
             self._resize()
-        self._frames[thread] = next(self._clock)
+        self._frames[thread] = self._last_frame = next(self._clock)
         with self._lock:
             self._wanted.pop(thread, None)
 
@@ -348,7 +349,8 @@ class NodeCache:
 
     def prefetch(self, nodes: Int[Tensor, "n"]) -> None:
         """Has the loader fetch nodes that will be needed, coarse ones first, as far as there is room beside what the
-        frames under way use; whoever waits goes first."""
+        frames under way and the last one use: of what can be seen from where the camera goes, its samples will touch a
+        part, and first of all what they have touched just now. Whoever waits goes first."""
         self._later(self._fetch_ahead, [node for node in nodes.cpu().sort().values.tolist() if node > 0])
 
     def settle(self) -> None:
@@ -378,7 +380,7 @@ class NodeCache:
             self.on_arrival(set(by))
 
     def _fetch_ahead(self, nodes: list[int]) -> None:
-        oldest, keep = self._oldest_frame(), frozenset(nodes)
+        oldest, keep = min(self._oldest_frame(), self._last_frame), frozenset(nodes)
         for node in nodes if self._frozen is None else ():
             before = self.counters.pages_read
             if self._waiting or not self._make_resident(node, oldest, keep):
