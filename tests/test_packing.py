@@ -212,6 +212,19 @@ def test_the_next_camera_of_a_path_finds_its_nodes_loaded(tmp_path: Path) -> Non
     assert still.views.cache.counters.prefetched == 0
 
 
+def test_a_picture_of_one_row_is_one(tmp_path: Path) -> None:
+    """Regression: neither the rays that stand for the next camera nor those that try out a budget were any."""
+    packed = tiny_packed(tmp_path)
+    streamed = packed.load()
+    cache = streamed.views.cache
+    cache.set_budget(cache.root_bytes + 3 * cache.page_bytes)
+    row = tiny_camera(CameraType.PERSPECTIVE, 3000.0, width=12_000, height=1)
+    for _ in range(2):
+        assert streamed.get_outputs_for_camera(row)["rgb"].shape == (1, 12_000, 3)
+        row.camera_to_worlds[..., 3] += 1e-3
+    assert streamed.views.last_frame.coarsened
+
+
 def test_a_packed_model_says_what_does_not_fit(tmp_path: Path) -> None:
     packed = tiny_packed(tmp_path)
     broken = TinyPacked(packed.model, tmp_path / "nowhere", packed.state, 0.0)
