@@ -7,6 +7,7 @@ run itself is only read.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import shlex
 import shutil
@@ -157,9 +158,11 @@ def _older(target: Path) -> Path:
 
 
 def _bring_back(target: Path) -> None:
-    """The older packed run, if a packing was killed just before the new one took its place."""
+    """The older packed run, if a packing was killed just before the new one took its place. Where that cannot be done
+    nothing can be written, which the caller is going to say."""
     if _older(target).exists() and not target.exists():
-        _older(target).rename(target)
+        with contextlib.suppress(OSError):
+            _older(target).rename(target)
 
 
 def _put_in_place(work: Path, target: Path) -> None:
