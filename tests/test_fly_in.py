@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import math
+from pathlib import Path
 
 import pytest
 import torch
 from torch import Tensor
 
+from infnerf_ns.cli.bench_flyin import Flyin
 from infnerf_ns.cli.fly_in_path import between, fly_in
+from infnerf_ns.errors import InputError
 
 UP = torch.tensor([0.0, 0.0, 1.0])
 TARGET = torch.tensor([3.0, -2.0, 0.5])
@@ -51,3 +54,34 @@ def test_a_small_step_is_a_share_of_the_way() -> None:
     assert torch.allclose(step[:, 3] - one[:, 3], 0.01 * (other[:, 3] - one[:, 3]), atol=1e-6)
     assert torch.allclose(step[:, :3] @ step[:, :3].T, torch.eye(3), atol=1e-6)
     assert torch.allclose(between(one, other, 0.0), one, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        ({"frames": 1}, "--frames 1: give 2 or more"),
+        ({"camera_path": "nowhere.json"}, "nowhere.json: there is no such file"),
+        ({"camera_path": "path.json", "frames": 9}, "--frames 9: --camera-path says that; leave it out"),
+        ({"camera_path": "path.json", "photo": 0}, "--photo 0: --camera-path says that"),
+        ({"output": "path.json"}, "path.json: cannot be written"),
+        ({"output": "photos"}, "photos: the folder holds other files; choose another"),
+    ],
+)
+def test_what_cannot_be_flown_is_one_line_and_nothing_is_lost(tmp_path: Path, options: dict, message: str) -> None:
+    (tmp_path / "path.json").write_text("{}")
+    (tmp_path / "photos").mkdir()
+    (tmp_path / "photos" / "0001.png").write_text("somebody's")
+    for name in {"camera_path", "output"} & set(options):
+        options = {**options, name: tmp_path / options[name]}
+    with pytest.raises(InputError, match=message):
+        Flyin(**{"run": tmp_path, "output": tmp_path / "flight", **options}).main()
+    assert (tmp_path / "photos" / "0001.png").read_text() == "somebody's"
+
+
+def test_frames_of_an_older_longer_flight_go(tmp_path: Path) -> None:
+    (tmp_path / "flight").mkdir()
+    for name in ("0000.png", "0071.png", "note.txt"):
+        (tmp_path / "flight" / name).write_text("")
+    (tmp_path / "flight.csv").write_text("frame")
+    Flyin(tmp_path, output=tmp_path / "flight")._check()
+    assert [path.name for path in (tmp_path / "flight").iterdir()] == ["note.txt"]

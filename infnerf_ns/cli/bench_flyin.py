@@ -8,6 +8,7 @@ itself adds.
 from __future__ import annotations
 
 import json
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from time import perf_counter
@@ -34,6 +35,7 @@ from infnerf_ns.pipeline import InfNeRFPipeline
 _SMALL_STEP = 0.001
 """Of a frame."""
 _FRAMES = 60
+_FRAME_NAME = re.compile(r"\d{4,}\.png")
 _MIB = 2**20
 
 
@@ -91,10 +93,18 @@ class Flyin:
             for name in ("photo", "frames", "height"):
                 if getattr(self, name) is not None:
                     raise InputError(f"--{name} {getattr(self, name)}: --camera-path says that; leave it out")
+        self._make_room()
+
+    def _make_room(self) -> None:
+        """The folder of the frames; those of an older flight, which may have been longer, go."""
         try:
             self.output.mkdir(parents=True, exist_ok=True)
-            for frame in self.output.glob("[0-9][0-9][0-9][0-9].png"):  # of a longer flight
-                frame.unlink()
+            there = list(self.output.iterdir())
+            if there and not table_and_plot(self.output)[0].exists():
+                raise InputError(f"--output {self.output}: the folder holds other files; choose another")
+            for frame in there:
+                if _FRAME_NAME.fullmatch(frame.name):
+                    frame.unlink()
         except OSError as error:
             raise InputError(f"--output {self.output}: cannot be written ({error.strerror}); choose another") from error
 
