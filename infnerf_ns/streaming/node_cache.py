@@ -391,7 +391,8 @@ class NodeCache:
     def _load(self, nodes: list[int], now: int, by: int) -> None:
         """Loads what a walk waits for; what the walk uses itself, and what other threads' frames use, is not given
         up."""
-        oldest = min([now, *(began for thread, began in self._frames.items() if thread != by)])
+        # The list is made at once: other threads' frames begin and end meanwhile.
+        oldest = min([now, *(began for thread, began in list(self._frames.items()) if thread != by)])
         if not all([self._make_resident(node, oldest, frozenset()) for node in nodes]):
             self._say_short("groups of rays that need more are drawn coarser")
         self._publish()
@@ -423,8 +424,9 @@ class NodeCache:
         for kind, pool in self.pool.items():
             pool[slot].copy_(to_float(page[kind]))
         self._place(node, slot)
-        # Just read is as good as used, but no frame under way has asked for it.
-        self._used[node] = max(int(self._used[node]), oldest - 1)
+        with self._lock:
+            # Just read is as good as used, but no frame under way has asked for it.
+            self._used[node] = max(int(self._used[node]), oldest - 1)
         self.counters.pages_read += 1
         self.counters.bytes_read += sum(array.nbytes for array in page.values())
         self.counters.peak_bytes = max(self.counters.peak_bytes, self.resident_bytes)
