@@ -174,17 +174,27 @@ def test_a_walk_that_does_not_wait_gets_coarse_nodes_first(packed: TinyPacked) -
     assert len(arrivals) == 1, "nothing is missing any more, so nothing is drawn again"
 
 
-def test_a_view_that_does_not_fit_comes_to_rest(packed: TinyPacked) -> None:
-    """Regression: pages that nobody waits for took the room of others of the same view, which then were missed."""
+@pytest.mark.parametrize("loader", ["quick", "slow"])
+def test_a_view_that_does_not_fit_comes_to_rest(packed: TinyPacked, loader: str) -> None:
+    """Regression: pages that nobody waits for took the room of others of the same view, which then were missed.
+
+    Which four stay depends on whether the loader comes between two chunks of a frame or after it.
+    """
     cache = packed.cache(nodes=4)
     cache.waits = False
     arrivals = []
     cache.on_arrival = lambda threads: arrivals.append(threads)
     for _ in range(6):
         before, read = len(arrivals), cache.counters.pages_read
+        after_the_frame = threading.Event()
         with cache.frame():
+            if loader == "slow":
+                cache._loader.submit(after_the_frame.wait, 60)
             ask(cache, packed, leaf(packed, 0))
+            if loader == "quick":
+                cache.settle()
             ask(cache, packed, leaf(packed, packed.model.field.octree.nodes_per_level[3] - 1))
+        after_the_frame.set()
         cache.settle()
     assert len(arrivals) == before and cache.counters.pages_read == read, "the last frame has brought nothing new"
     assert len(holds(cache)) == 4
