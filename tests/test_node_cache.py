@@ -13,7 +13,7 @@ from tiny_packed import TinyPacked, tiny_packed
 from torch import Tensor
 
 from infnerf_ns.errors import InputError
-from infnerf_ns.streaming import node_cache
+from infnerf_ns.streaming import page_pool
 from infnerf_ns.streaming.node_cache import BUDGET_VARIABLE, NodeCache, budget_bytes
 
 
@@ -286,14 +286,14 @@ def test_a_budget_that_cannot_be_had_leaves_the_old_one(
 ) -> None:
     cache = packed.cache(nodes=3)
     ask(cache, packed, leaf(packed))
-    lazy_zeros = node_cache._lazy_zeros
+    lazy_zeros = page_pool._lazy_zeros
 
     def no_more_than_ten(rows: int, *rest) -> Tensor:  # noqa: ANN002
         if rows > 10:
             raise MemoryError
         return lazy_zeros(rows, *rest)
 
-    monkeypatch.setattr(node_cache, "_lazy_zeros", no_more_than_ten)
+    monkeypatch.setattr(page_pool, "_lazy_zeros", no_more_than_ten)
     cache.set_budget(cache.root_bytes + 30 * cache.page_bytes)
     with cache.frame():
         assert cache.capacity == 3 and holds(cache) == ancestors(packed, leaf(packed))

@@ -1,12 +1,12 @@
 """The nodes of a packed run that are in memory: a byte budget, least recently used out first, and a loader thread.
 
-Memory is one pool of slots per kind of tensor, each slot a page; the banks of all levels below the root are that same
-pool. The kernels see a *slot tree*: at every level one node per slot. :meth:`NodeCache.walk` finds the path of each
-sample in the whole tree, has the nodes on it loaded, and answers with the path in the slot tree; a node that is not
-there (not yet, damaged, or no room) is left out, and with it all below it: the parent answers, as for a missing child.
+The pages lie in the slots of a :class:`~infnerf_ns.streaming.page_pool.PagePool`. :meth:`NodeCache.walk` finds the path
+of each sample in the whole tree, has the nodes on it loaded, and answers with the path in the pool's slot tree; a node
+that is not there (not yet, damaged, or no room) is left out, and with it all below it: the parent answers, as for a
+missing child.
 
 All reading and all changes of slots happen in one loader thread. Own code: what is kept depends on the tree (a child
-without its parent is of no use), and the kernels want the pages side by side.
+without its parent is of no use).
 """
 
 from __future__ import annotations
@@ -20,7 +20,6 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
@@ -29,6 +28,7 @@ from infnerf_ns.errors import InputError
 from infnerf_ns.kernels import Backend
 from infnerf_ns.octree import Octree
 from infnerf_ns.streaming.page_files import PageError, PageFiles, to_float
+from infnerf_ns.streaming.page_pool import PagePool
 from infnerf_ns.validation import warn
 
 BUDGET_VARIABLE = "INFNERF_BUDGET_MIB"
@@ -82,7 +82,6 @@ class NodeCache:
         them"""
         self.on_pool_change: Callable[[], None] | None = None
         """called when :attr:`pool` and :attr:`slot_tree` are others"""
-        self._sizes = files.sizes(octree.num_nodes - 1) if octree.num_nodes > 1 else {}
         self._lock = threading.Lock()
         self._loader = ThreadPoolExecutor(1, "infnerf-pages")
         self._clock = itertools.count(1)
@@ -93,43 +92,55 @@ class NodeCache:
         self._told = False
         self._asked: dict[int, Float[Tensor, "N"]] = {}
         count = octree.num_nodes
-        self._parent, self._level = octree.parent.cpu(), octree.level.cpu()
-        self._slot = torch.full((count,), -1)
+        self._parent = octree.parent.cpu()
         self._used = torch.zeros(count, dtype=torch.long)
         self._damaged = torch.zeros(count, dtype=torch.bool)
         self._frozen: Bool[Tensor, "N"] | None = None
         self.budget_bytes, self._next_budget = budget_bytes, budget_bytes
+        sizes = files.sizes(count - 1) if count > 1 else {}
         try:
-            self._allocate(budget_bytes)
+            self._pool = PagePool(self.octree, sizes, 0)
+            self._pool.allocate(self._fitting(budget_bytes))
         except (RuntimeError, MemoryError) as error:
             raise InputError(
                 f"{budget_bytes / 2**20:.0f} MiB for nodes are more than is free on {self.device}: lower"
                 f" {BUDGET_VARIABLE}"
             ) from error
+        self._publish()
 
     # -- memory
 
     @property
+    def pool(self) -> dict[str, Tensor]:
+        """[slots, page] by kind: the banks of all levels below the root."""
+        return self._pool.tensors
+
+    @property
+    def slot_tree(self) -> Octree:
+        """A node per level and slot of the pool."""
+        return self._pool.slot_tree
+
+    @property
     def page_bytes(self) -> int:
         """Memory of one page."""
-        return 4 * sum(self._sizes.values())
+        return self._pool.page_bytes
 
     @property
     def capacity(self) -> int:
         """Pages that fit into the budget."""
-        return len(self._node_of_slot)
+        return self._pool.capacity
 
     @property
     def resident(self) -> Bool[Tensor, "N"]:
         """Which nodes are in memory, the root always."""
-        there = self._slot >= 0
+        there = self._pool.slot >= 0
         there[0] = True
         return there
 
     @property
     def resident_bytes(self) -> int:
         """Bytes of the root and of all pages in memory."""
-        return self.root_bytes + self.page_bytes * int((self._slot >= 0).sum())
+        return self.root_bytes + self.page_bytes * int((self._pool.slot >= 0).sum())
 
     @property
     def model_bytes(self) -> int:
@@ -154,10 +165,9 @@ class NodeCache:
     def _resize(self) -> None:
         """The next budget; what was used last is read again. The old pool goes first: a change must not take the
         memory of both."""
-        there = torch.nonzero(self._slot >= 0)[:, 0].tolist()
+        there = torch.nonzero(self._pool.slot >= 0)[:, 0].tolist()
         latest = sorted(there, key=lambda node: (-int(self._used[node]), node))
         before, self.budget_bytes = self.budget_bytes, self._next_budget
-        self._slot.fill_(-1)
         try:
             self._exchange_pool()
         except (RuntimeError, MemoryError):  # too little memory, of a GPU above all
@@ -173,28 +183,15 @@ class NodeCache:
     def _exchange_pool(self) -> None:
         """Gives the pool away, everywhere, before the next one is made."""
         for budget in (0, self.budget_bytes):
-            self._allocate(budget)
+            self._pool.allocate(self._fitting(budget))
+            self._publish()
             if self.on_pool_change is not None:
                 self.on_pool_change()
 
-    def _allocate(self, budget_bytes: int) -> None:
-        """An empty pool of as many slots as fit."""
-        fitting = (budget_bytes - self.root_bytes) // max(self.page_bytes, 1)
-        self._node_of_slot = [-1] * int(np.clip(fitting, 0, self.octree.num_nodes - 1))
-        # At least one slot, so that there is a bank to hand to the kernels; nothing is ever put into a spare one.
-        self._stride = max(self.capacity, 1)
-        self.pool = {kind: _lazy_zeros(self._stride, size, self.device) for kind, size in self._sizes.items()}
-        depth = self.octree.depth
-        level = torch.cat([torch.zeros(1), torch.arange(1, depth + 1).repeat_interleave(self._stride)]).long()
-        self.slot_tree = Octree(
-            self.octree.cube,
-            level,
-            torch.zeros(len(level), 3, dtype=torch.long),
-            torch.full_like(level, -1),
-            node_resolution=self.octree.node_resolution,
-            gsd_sharpness=self.octree.gsd_sharpness,
-        ).to(self.device)
-        self._publish()
+    def _fitting(self, budget_bytes: int) -> int:
+        """Pages that fit beside the root."""
+        pages = (budget_bytes - self.root_bytes) // max(self.page_bytes, 1)
+        return max(0, min(pages, self.octree.num_nodes - 1))
 
     # -- looking things up
 
@@ -229,7 +226,7 @@ class NodeCache:
 
     def used_since(self, start: int) -> Bool[Tensor, "N"]:
         """Which nodes walks have asked for since then, and were given; the root always."""
-        used = (self._used >= start) & (self._slot >= 0)
+        used = (self._used >= start) & (self._pool.slot >= 0)
         used[0] = True
         return used
 
@@ -244,7 +241,7 @@ class NodeCache:
         needed = self._on_paths(path)
         now = next(self._clock)
         with self._lock:
-            there = self._slot[needed] >= 0
+            there = self._pool.slot[needed] >= 0
             self._used[needed] = now
             self.counters.hits += int(there.sum())
             self.counters.misses += int((~there).sum())
@@ -376,7 +373,7 @@ class NodeCache:
             if not self._make_resident(node, oldest, frozenset(wanted)):
                 break
         self._publish()
-        if self.on_arrival is not None and any(int(self._slot[node]) >= 0 for node in wanted):
+        if self.on_arrival is not None and any(int(self._pool.slot[node]) >= 0 for node in wanted):
             self.on_arrival(set(by))
 
     def _fetch_ahead(self, nodes: list[int]) -> None:
@@ -409,9 +406,10 @@ class NodeCache:
             keep: nodes that stay, too.
         """
         parent = int(self._parent[node])
-        if self._slot[node] >= 0 or self._damaged[node] or (parent > 0 and self._slot[parent] < 0):
+        there = self._pool.slot
+        if there[node] >= 0 or self._damaged[node] or (parent > 0 and there[parent] < 0):
             return True
-        slot = self._free_slot(oldest, keep)
+        slot = self._room(oldest, keep)
         if slot is None:
             return False
         try:
@@ -421,9 +419,7 @@ class NodeCache:
             self.counters.damaged += 1
             warn(f"{error}; its parent is drawn instead; infnerf-pack with --overwrite writes it anew")
             return True
-        for kind, pool in self.pool.items():
-            pool[slot].copy_(to_float(page[kind]))
-        self._place(node, slot)
+        self._pool.put(node, slot, {kind: to_float(array) for kind, array in page.items()})
         with self._lock:
             # Just read is as good as used, but no frame under way has asked for it.
             self._used[node] = max(int(self._used[node]), oldest - 1)
@@ -432,46 +428,25 @@ class NodeCache:
         self.counters.peak_bytes = max(self.counters.peak_bytes, self.resident_bytes)
         return True
 
-    def _place(self, node: int, slot: int) -> None:
-        self.slot_tree.coords[self._number_of(node, slot)] = self.octree.coords[node]
-        self._node_of_slot[slot] = node
-        self._slot[node] = slot
-
-    def _number_of(self, node: int, slot: int) -> int:
-        """In the slot tree."""
-        return 1 + (int(self._level[node]) - 1) * self._stride + slot
-
-    def _free_slot(self, oldest: int, keep: frozenset[int]) -> int | None:
+    def _room(self, oldest: int, keep: frozenset[int]) -> int | None:
         """An empty slot; else that of the least recently used node, children before their parents."""
-        if -1 in self._node_of_slot:
-            return self._node_of_slot.index(-1)
+        free = self._pool.free_slot()
+        if free is not None:
+            return free
         with self._lock:
             used = self._used.tolist()
-            spare = [node for node in self._node_of_slot if used[node] < oldest and node not in keep]
+            spare = [node for node in self._pool.node_of_slot if used[node] < oldest and node not in keep]
             if not spare:
                 return None
             node = min(spare, key=lambda node: (used[node], -node))
-            slot = int(self._slot[node])
-            self._slot[node] = -1
-            self._node_of_slot[slot] = -1
+            slot = self._pool.remove(node)
         self.counters.evictions += 1
         self._publish()
         return slot
 
     def _publish(self) -> None:
-        """The number in the slot tree of each node that is there with all of its ancestors; -1 for the others, and
-        behind the last one for "no node"."""
-        edges = self.octree.first_of_level.tolist()
-        number = torch.full((self.octree.num_nodes + 1,), -1)
-        number[0] = 0
-        for level in range(1, self.octree.depth + 1):
-            nodes = slice(edges[level], edges[level + 1])
-            slot = self._slot[nodes]
-            there = (slot >= 0) & (number[self._parent[nodes]] >= 0)
-            if self._frozen is not None:
-                there &= self._frozen[nodes]
-            number[nodes] = torch.where(there, 1 + (level - 1) * self._stride + slot, -1)
-        self._number = number.to(self.device)
+        """Lets walks see what is in the pool now."""
+        self._number = self._pool.numbers(self._frozen)
 
 
 def budget_bytes(configured_mib: int) -> int:
@@ -490,10 +465,3 @@ def budget_bytes(configured_mib: int) -> int:
     except ValueError:
         raise InputError(f"{BUDGET_VARIABLE}={text}: give the memory for nodes in MiB, for instance 512") from None
     return int(mib * 2**20)
-
-
-def _lazy_zeros(rows: int, size: int, device: torch.device) -> Tensor:
-    """On the CPU memory that is filled when a page is first put into it."""
-    if device.type != "cpu":
-        return torch.zeros(rows, size, device=device)
-    return torch.from_numpy(np.zeros((rows, size), np.float32))
