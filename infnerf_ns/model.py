@@ -32,8 +32,9 @@ from nerfstudio.utils.rich_utils import CONSOLE
 from torch import Tensor
 from torch.nn import Parameter
 
+from infnerf_ns.checkpoint_loading import checkpoint_octree, fit_whole, open_pages, require_all_but_pages
 from infnerf_ns.errors import InputError
-from infnerf_ns.field import FieldConfig, OctreeField, Routed, in_place_gradients, octree_from_state
+from infnerf_ns.field import FieldConfig, OctreeField, Routed, in_place_gradients
 from infnerf_ns.interruption import interrupted_between_chunks, may_be_interrupted
 from infnerf_ns.kernels import explain, shading
 from infnerf_ns.kernels.rays import render_weights
@@ -41,7 +42,6 @@ from infnerf_ns.losses import ray as ray_losses
 from infnerf_ns.losses import reconstruction
 from infnerf_ns.losses import tree as tree_losses
 from infnerf_ns.near_plane import NearPlanes
-from infnerf_ns.octree import Octree
 from infnerf_ns.pages import PageLayout
 from infnerf_ns.ray_nodes import Evaluated, level_image, node_image
 from infnerf_ns.sampler import (
@@ -52,9 +52,7 @@ from infnerf_ns.sampler import (
     sample_geometry,
     weight_quantiles,
 )
-from infnerf_ns.streaming.node_cache import NodeCache, budget_bytes
 from infnerf_ns.streaming.packing import CHECKSUMS
-from infnerf_ns.streaming.page_files import PageFiles
 from infnerf_ns.streaming.views import StreamedViews
 from infnerf_ns.tree_building import SOURCES, OctreeConfig, build_tree, log_tree, require_memory
 from infnerf_ns.validation import Range
@@ -217,67 +215,17 @@ class InfNeRFModel(Model):
         return groups
 
     def load_state_dict(self, state_dict: dict[str, Any], strict: bool = True, assign: bool = False) -> Any:
-        """Makes the banks fit the checkpoint's tree in place first, so that the optimizers keep their Parameters."""
-        if "field.tree_level" not in state_dict:
-            raise InputError(
-                "the checkpoint holds no octree: it was not written by infnerf; check --load-dir or --load-config"
-            )
-        octree = octree_from_state(state_dict, "field.").to(self.device)
-        state_dict.setdefault("field.node_samples", torch.zeros(octree.num_nodes, dtype=torch.long))
-        if CHECKSUMS in state_dict:
-            return self._load_packed(octree, state_dict)
-        missing = {f"field.{name}" for name, _ in self.field.named_parameters()} ^ {
-            name
-            for name in state_dict
-            if name.startswith(("field.grids", "field.decoders", "field.proposals", "field.appear"))
-        }
-        if missing:
-            raise InputError(
-                f"the checkpoint does not fit the configuration ({sorted(missing)[0]} is in one of them only): use the"
-                " config.yml that was written beside it, or the same --pipeline.model.octree and"
-                " --pipeline.model.field options"
-            )
-        layout = PageLayout(self.config.field, octree.node_resolution, self.config.octree.max_level)
-        grown, held = (sum(layout.memory_bytes(tree, training=self.training)) for tree in (octree, self.field.octree))
-        if grown > held:
-            require_memory([grown - held], self.device)
-        self.field.set_octree(octree)
-        self._require_shapes(state_dict)
-        return super().load_state_dict(state_dict, strict=strict)
-
-    def _require_shapes(self, state_dict: dict[str, Any]) -> None:
-        if self.near_planes is not None:
-            self.near_planes.fit(len(state_dict["near_planes.points"]))
-        for name, value in self.field.named_parameters():
-            saved = state_dict.get(f"field.{name}", value)  # a packed one lacks what is in its pages
-            if saved.shape != value.shape:
-                raise InputError(
-                    f"the checkpoint's field.{name} is {tuple(saved.shape)}, but the configuration asks for"
-                    f" {tuple(value.shape)}: use the same --pipeline.model.field options and photos as the checkpoint"
-                )
-
-    def _load_packed(self, octree: Octree, state_dict: dict[str, Any]) -> Any:
-        """Loads what is always in memory; nodes below the root come when they are needed."""
-        streaming, layout = self.config.streaming, self.field.pages
-        if streaming.pages is None or not streaming.pages.is_dir():
-            raise InputError(f"the checkpoint is packed, but its folder of pages, {streaming.pages}, is not there")
-        paged = {f"field.{kind}.{level}" for level in range(1, octree.depth + 1) for kind in layout.node_page(level)}
-        files = PageFiles(streaming.pages, octree, layout, state_dict.pop(CHECKSUMS))
-        of_nodes = 4 * sum(sum(layout.node_page(int(level)).values()) for level in octree.level[1:])
-        always = sum(layout.memory_bytes(octree, training=False)) - of_nodes
-        cache = NodeCache(octree, files, always, budget_bytes(streaming.budget_mib), self.device)
-        self.field.stream(cache)
-        self._require_shapes(state_dict)
-        result = super().load_state_dict(state_dict, strict=False)
-        lost = sorted(set(result.missing_keys) - paged)
-        if lost or result.unexpected_keys:
-            raise InputError(
-                f"the packed checkpoint does not fit the configuration ({(lost + result.unexpected_keys)[0]} is in one"
-                " of them only): use the config.yml that was written beside it"
-            )
+        """Takes over the checkpoint's tree first; nodes of a packed run come from its pages when they are needed."""
+        octree = checkpoint_octree(state_dict, self.device)
+        if CHECKSUMS not in state_dict:
+            fit_whole(self, octree, state_dict)
+            return super().load_state_dict(state_dict, strict=strict)
+        cache = open_pages(self, octree, state_dict)
+        loaded = super().load_state_dict(state_dict, strict=False)
+        require_all_but_pages(self, octree, loaded)
         sharpening = BLEND_SHARPENING if self.config.blend_levels else 1.0
         self.views = StreamedViews(cache, sharpening, lambda: self.field.level_cap)
-        return result
+        return loaded
 
     def to(self, *args: Any, **kwargs: Any) -> InfNeRFModel:
         """Moves the model; the tree's index tensors move with it."""

@@ -1,0 +1,119 @@
+"""What a model does with a checkpoint before and after its tensors are copied: its own tree in place of the one it was
+built with, the pages of a packed run, and one clear line where checkpoint and configuration do not fit each other."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from infnerf_ns.errors import InputError
+from infnerf_ns.field import octree_from_state
+from infnerf_ns.octree import Octree
+from infnerf_ns.pages import PageLayout
+from infnerf_ns.streaming.node_cache import NodeCache, budget_bytes
+from infnerf_ns.streaming.packing import CHECKSUMS
+from infnerf_ns.streaming.page_files import PageFiles
+from infnerf_ns.tree_building import require_memory
+
+if TYPE_CHECKING:
+    from infnerf_ns.model import InfNeRFModel
+
+_BANKS = ("field.grids", "field.decoders", "field.proposals", "field.appear")
+
+
+def checkpoint_octree(state: dict[str, Any], device: torch.device) -> Octree:
+    """The tree of a checkpoint.
+
+    Args:
+        state: of the model; what checkpoints of earlier versions lack is added.
+        device: of the tree.
+
+    Raises:
+        InputError: it holds none.
+    """
+    if "field.tree_level" not in state:
+        raise InputError(
+            "the checkpoint holds no octree: it was not written by infnerf; check --load-dir or --load-config"
+        )
+    octree = octree_from_state(state, "field.").to(device)
+    state.setdefault("field.node_samples", torch.zeros(octree.num_nodes, dtype=torch.long))
+    return octree
+
+
+def fit_whole(model: InfNeRFModel, octree: Octree, state: dict[str, Any]) -> None:
+    """Makes the banks fit the checkpoint's tree in place, so that optimizers keep their Parameters.
+
+    Raises:
+        InputError: the checkpoint does not fit the configuration, or the memory.
+    """
+    own = {f"field.{name}" for name, _ in model.field.named_parameters()}
+    differing = own ^ {name for name in state if name.startswith(_BANKS)}
+    if differing:
+        raise InputError(
+            f"the checkpoint does not fit the configuration ({sorted(differing)[0]} is in one of them only): use the"
+            " config.yml that was written beside it, or the same --pipeline.model.octree and"
+            " --pipeline.model.field options"
+        )
+    layout = PageLayout(model.config.field, octree.node_resolution, model.config.octree.max_level)
+    grown, held = (sum(layout.memory_bytes(tree, training=model.training)) for tree in (octree, model.field.octree))
+    if grown > held:
+        require_memory([grown - held], model.device)
+    model.field.set_octree(octree)
+    _require_shapes(model, state)
+
+
+def open_pages(model: InfNeRFModel, octree: Octree, state: dict[str, Any]) -> NodeCache:
+    """From now on the model's nodes come from the pages of a packed run.
+
+    Args:
+        model: whose configuration says where they are.
+        octree: of the checkpoint.
+        state: loses what is about the pages.
+
+    Raises:
+        InputError: the folder of pages is not there, or checkpoint and configuration do not fit each other.
+    """
+    streaming, layout = model.config.streaming, model.field.pages
+    if streaming.pages is None or not streaming.pages.is_dir():
+        raise InputError(f"the checkpoint is packed, but its folder of pages, {streaming.pages}, is not there")
+    files = PageFiles(streaming.pages, octree, layout, state.pop(CHECKSUMS))
+    of_nodes = 4 * sum(sum(layout.node_page(int(level)).values()) for level in octree.level[1:])
+    always = sum(layout.memory_bytes(octree, training=False)) - of_nodes
+    cache = NodeCache(octree, files, always, budget_bytes(streaming.budget_mib), model.device)
+    model.field.stream(cache)
+    _require_shapes(model, state)
+    return cache
+
+
+def require_all_but_pages(model: InfNeRFModel, octree: Octree, loaded: Any) -> None:
+    """Ends with one line if a packed checkpoint lacked more than what is in the pages.
+
+    Args:
+        model: after loading.
+        octree: of the checkpoint.
+        loaded: what ``load_state_dict`` has returned.
+
+    Raises:
+        InputError: it did, or held more than the model.
+    """
+    layout = model.field.pages
+    paged = {f"field.{kind}.{level}" for level in range(1, octree.depth + 1) for kind in layout.node_page(level)}
+    lost = sorted(set(loaded.missing_keys) - paged)
+    if lost or loaded.unexpected_keys:
+        raise InputError(
+            f"the packed checkpoint does not fit the configuration ({(lost + loaded.unexpected_keys)[0]} is in one"
+            " of them only): use the config.yml that was written beside it"
+        )
+
+
+def _require_shapes(model: InfNeRFModel, state: dict[str, Any]) -> None:
+    if model.near_planes is not None:
+        model.near_planes.fit(len(state["near_planes.points"]))
+    for name, value in model.field.named_parameters():
+        saved = state.get(f"field.{name}", value)  # a packed one lacks what is in its pages
+        if saved.shape != value.shape:
+            raise InputError(
+                f"the checkpoint's field.{name} is {tuple(saved.shape)}, but the configuration asks for"
+                f" {tuple(value.shape)}: use the same --pipeline.model.field options and photos as the checkpoint"
+            )
