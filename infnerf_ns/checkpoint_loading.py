@@ -8,13 +8,13 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from infnerf_ns.errors import InputError
-from infnerf_ns.field import octree_from_state
 from infnerf_ns.octree import Octree
 from infnerf_ns.pages import PageLayout
 from infnerf_ns.streaming.node_cache import NodeCache, budget_bytes
 from infnerf_ns.streaming.packing import CHECKSUMS
 from infnerf_ns.streaming.page_files import PageFiles
 from infnerf_ns.tree_building import require_memory
+from infnerf_ns.tree_state import octree_from_state
 
 if TYPE_CHECKING:
     from infnerf_ns.model import InfNeRFModel

@@ -36,8 +36,9 @@ from infnerf_ns.kernels import (
     path_sum,
     shading,
 )
-from infnerf_ns.octree import Octree, RootCube
+from infnerf_ns.octree import Octree
 from infnerf_ns.pages import PageLayout
+from infnerf_ns.tree_state import tree_buffers
 from infnerf_ns.validation import Range
 
 
@@ -142,7 +143,7 @@ class OctreeField(nn.Module):
         for _ in range(max_level + 1):
             for banks in (self.grids, self.decoders, self.proposals):
                 banks.append(nn.Parameter(torch.empty(0, 0)))
-        for name, value in _tree_buffers(octree).items():
+        for name, value in tree_buffers(octree).items():
             self.register_buffer(name, value)
         self.register_buffer("active_level", torch.tensor(0))
         self.register_buffer("node_samples", torch.zeros(0, dtype=torch.long))
@@ -163,7 +164,7 @@ class OctreeField(nn.Module):
         """From now on nodes below the root come from a cache: its pool is the bank of every level, and
         :attr:`octree` its tree of slots. Nothing can be trained then."""
         self.cache = cache
-        for name, value in _tree_buffers(cache.octree).items():
+        for name, value in tree_buffers(cache.octree).items():
             setattr(self, name, value)
         self.node_samples = torch.zeros_like(cache.octree.level)
         cache.on_pool_change = self._bind_pool
@@ -199,7 +200,7 @@ class OctreeField(nn.Module):
     def set_octree(self, octree: Octree) -> None:
         """Make the banks fit a tree, with uninitialised pages: the tensors inside the Parameters are replaced."""
         self.octree = octree
-        for name, value in _tree_buffers(octree).items():
+        for name, value in tree_buffers(octree).items():
             setattr(self, name, value)
         self.node_samples = torch.zeros(octree.num_nodes, dtype=torch.long, device=octree.level.device)
         for level, shapes in enumerate(self.pages.bank_shapes(octree)):
@@ -487,35 +488,6 @@ class OctreeField(nn.Module):
 def _first(banks: nn.ParameterList, count: int) -> list[Tensor]:
     """The first banks; a slice of a ParameterList builds a new module, a quarter of a millisecond."""
     return [bank for bank, _ in zip(banks, range(count))]
-
-
-def _tree_buffers(octree: Octree) -> dict[str, Tensor]:
-    cube, device = octree.cube, octree.level.device
-    return {
-        "tree_level": octree.level,
-        "tree_coords": octree.coords,
-        "tree_parent": octree.parent,
-        "cube_center": cube.center.to(device),
-        "cube_side": torch.tensor(cube.side, dtype=torch.float64, device=device),
-        "cube_rotation": cube.rotation.to(device),
-        "tree_resolution": torch.tensor(
-            [octree.node_resolution, octree.gsd_sharpness], dtype=torch.float64, device=device
-        ),
-    }
-
-
-def octree_from_state(state: dict[str, Tensor], prefix: str) -> Octree:
-    """The tree that a field's state dict holds."""
-    cube = RootCube(state[prefix + "cube_center"], float(state[prefix + "cube_side"]), state[prefix + "cube_rotation"])
-    resolution, sharpness = state[prefix + "tree_resolution"].tolist()
-    return Octree(
-        cube,
-        state[prefix + "tree_level"],
-        state[prefix + "tree_coords"],
-        state[prefix + "tree_parent"],
-        node_resolution=int(resolution),
-        gsd_sharpness=sharpness,
-    )
 
 
 def in_place_gradients(field: OctreeField, device: torch.device | str = "cpu") -> None:

@@ -22,8 +22,9 @@ from tiny_field import (
 )
 from torch import Tensor
 
-from infnerf_ns.field import FieldConfig, OctreeField, in_place_gradients, octree_from_state
+from infnerf_ns.field import FieldConfig, OctreeField, in_place_gradients
 from infnerf_ns.octree import build_octree
+from infnerf_ns.tree_state import octree_from_state
 
 every_children = pytest.mark.parametrize("children", ["residual", "independent"])
 every_sharing = pytest.mark.parametrize("sharing", ["node", "level", "tree"])

@@ -12,12 +12,12 @@ from torch import Tensor
 
 from infnerf_ns.cli.runs import load_run_config, newest_checkpoint
 from infnerf_ns.errors import InputError
-from infnerf_ns.field import octree_from_state
 from infnerf_ns.octree import Octree
 from infnerf_ns.pages import PageLayout
 from infnerf_ns.streaming.packing import CHECKSUMS
 from infnerf_ns.streaming.page_files import PAGES, PageError, PageFiles
 from infnerf_ns.training.trainer import InfNeRFTrainerConfig
+from infnerf_ns.tree_state import octree_from_state
 
 _MODEL = "_model."
 

@@ -22,7 +22,6 @@ from rich.progress import track
 
 from infnerf_ns.cli.runs import load_run_config, newest_checkpoint, place_config
 from infnerf_ns.errors import InputError
-from infnerf_ns.field import octree_from_state
 from infnerf_ns.model import StreamingConfig
 from infnerf_ns.octree import Octree
 from infnerf_ns.pages import PageLayout
@@ -30,6 +29,7 @@ from infnerf_ns.streaming.packing import CHECKSUMS, Track, small_state, write_pa
 from infnerf_ns.streaming.page_files import PAGES
 from infnerf_ns.torch_compat import allow_numpy_scalars
 from infnerf_ns.training import checkpoints
+from infnerf_ns.tree_state import octree_from_state
 
 _MODEL = "_model."
 _SUFFIX = "-packed"
