@@ -346,7 +346,9 @@ class InfNeRFModel(Model):
         samples, weights_list, samples_list = self.sampler(ray_bundle, proposal_density, self.step)
         rays, per_ray = samples.starts.shape[:2]
         jitter = self.training and self.config.sampler.footprint_jitter
-        positions, footprints = sample_geometry(ray_bundle, samples, jitter=jitter)
+        positions, footprints = sample_geometry(
+            ray_bundle, samples, interval_share=self.config.sampler.interval_footprint, jitter=jitter
+        )
         positions = positions.reshape(-1, 3)
         footprints = None if footprints is None else footprints.reshape(-1)
         routed, share = self._route(positions, footprints, routing_scale)

@@ -27,6 +27,7 @@ from infnerf_ns.errors import InputError
 from infnerf_ns.field import FieldConfig, OctreeField
 from infnerf_ns.model import APPEARANCE, InfNeRFModelConfig
 from infnerf_ns.octree import RootCube, build_octree
+from infnerf_ns.ray_nodes import Evaluated
 from infnerf_ns.training.optimizer import NodeAdam
 
 
@@ -129,8 +130,12 @@ def test_an_empty_view_is_rendered() -> None:
     assert bool(torch.isfinite(outputs["rgb"]).all()) and bool(torch.isfinite(outputs["normals"]).all())
 
 
+CONE_ALONE = {"interval_footprint": 0.0}
+"""So few samples have long intervals, for which coarse nodes answer."""
+
+
 def test_the_level_of_an_orthographic_view_follows_its_ground_pixel() -> None:
-    model = scrambled(tiny_model()).eval()
+    model = scrambled(tiny_model(tiny_config(sampler=CONE_ALONE))).eval()
     gsd = model.field.octree.gsd
     root = colormaps.apply_colormap(torch.zeros(1, 1))[0]
     coarse = model.get_outputs_for_camera(tiny_camera(CameraType.ORTHOPHOTO, 1 / (2 * 2 * gsd(0))))["level"]
@@ -151,8 +156,22 @@ def test_a_camera_far_away_needs_the_root_alone() -> None:
     assert torch.equal(model(rays)["rgb"], before["rgb"]), "not one deeper page was read"
 
 
+def test_long_intervals_have_coarser_nodes_answer() -> None:
+    model = scrambled(tiny_model(tiny_config(sampler=CONE_ALONE))).eval()
+    rays, _ = ray_batch()
+    rays.pixel_area[:] = 1e-9
+    evaluated: list[Evaluated] = []
+    model.on_evaluated = evaluated.append
+    levels = []
+    for share in (0.0, 0.25, 1.0):
+        model.config.sampler.interval_footprint = share
+        model(rays)
+        levels.append(model.field.octree.level[evaluated[-1].routed.node].double().mean())
+    assert levels[0] > levels[1] + 0.1 and levels[1] > levels[2]
+
+
 def test_nothing_pops_in_a_colour_while_the_pixel_shrinks() -> None:
-    model = scrambled(tiny_model()).eval()
+    model = scrambled(tiny_model(tiny_config(sampler=CONE_ALONE))).eval()
     for bank in model.field.proposals:
         bank.data.zero_()  # the samples stand still
     rays = ray_batch(1)[0][torch.zeros(1201, dtype=torch.long)]

@@ -64,6 +64,10 @@ def test_packed_and_unpacked_models_render_the_same(field: str, tmp_path: Path) 
         assert bool((streamed.views.in_view | ~streamed.views.used).all()), "used nodes are in view"
     assert max(used) > 10 and min(used) < max(used)
     assert streamed.views.cache.counters.pages_read < packed.model.field.octree.num_nodes
+    packed.model.config.sampler.interval_footprint = 0.25  # of both models
+    assert max(differences(packed.model, streamed, "perspective").values()) < 1e-4
+    assert streamed.views.last_frame.nodes_used < used[list(CAMERAS).index("perspective")], "coarser ones will do"
+    assert bool((streamed.views.in_view | ~streamed.views.used).all()), "used nodes are in view"
     rays, _ = ray_batch()
     for name, value in packed.model(rays).items():
         assert torch.allclose(streamed(ray_batch()[0])[name], value, atol=1e-4), name

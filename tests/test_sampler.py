@@ -195,7 +195,9 @@ def test_a_round_asks_for_the_interval_that_it_represents() -> None:
     assert torch.allclose(footprints, _middles(samples) * math.sqrt(PIXEL / math.pi)), "for the field: the cone alone"
     expected = rays.origins[:, None] + rays.directions[:, None] * _middles(samples)[..., None]
     assert torch.allclose(positions, expected, rtol=1e-6)
-    assert sample_geometry(rays, samples, of_interval=True)[1].min() >= footprints.min()
+    quarter = sample_geometry(rays, samples, interval_share=0.25)[1]
+    half = (samples.ends - samples.starts)[..., 0] / 2
+    assert torch.allclose(quarter, torch.maximum(footprints, half / 4)) and bool((quarter > footprints).any())
 
 
 def test_placeholder_pixels_have_no_footprint() -> None:

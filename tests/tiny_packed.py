@@ -33,7 +33,9 @@ class TinyPacked:
     def load(self, budget_mib: int = 1024) -> InfNeRFModel:
         """The same model, streamed."""
         config = packed_config()
-        config.field, config.octree = self.model.config.field, self.model.config.octree
+        config.field, config.octree, config.sampler = (
+            getattr(self.model.config, part) for part in ("field", "octree", "sampler")
+        )
         config.streaming.pages, config.streaming.budget_mib = self.pages, budget_mib
         streamed = tiny_model(config, active=0)
         streamed.load_state_dict(dict(self.state))
@@ -48,8 +50,9 @@ class TinyPacked:
 
 
 def packed_config(field: dict | None = None) -> InfNeRFModelConfig:
-    """A tree of four levels."""
-    return tiny_config(field, max_level=DEPTH)
+    """A tree of four levels, which views touch much of: the intervals between so few samples are long, and would have
+    coarse nodes answer."""
+    return tiny_config(field, {"interval_footprint": 0.0}, max_level=DEPTH)
 
 
 def tiny_packed(folder: Path, half: bool = False, field: dict | None = None) -> TinyPacked:
