@@ -256,6 +256,21 @@ def test_too_little_space_is_said_before_anything_is_rendered(tmp_path: Path, mo
     assert not source.windows and not list(tmp_path.iterdir())
 
 
+@pytest.mark.parametrize(("tiles_free", "file_free", "fits"), [(75, 15, True), (70, 15, False), (75, 5, False)])
+def test_every_disk_is_asked_for_its_own_share(
+    tiles_free: int, file_free: int, fits: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of 1.4 million pixels the tiles take 11 MiB and 64 to spare, the second file 7."""
+    first, second = tmp_path / "a" / "map.png", tmp_path / "b" / "heights.tif"
+    free = {first.parent: tiles_free + 8, second.parent: file_free}
+    monkeypatch.setattr(ortho_map, "_disk", lambda folder: hash(folder))
+    monkeypatch.setattr(ortho_map.shutil, "disk_usage", lambda folder: SimpleNamespace(free=free[folder] << 20))
+    grid = RasterGrid(0.0, 0.0, 1.0, 1200, 1200)
+    source = Painted(stop_after=0)
+    with pytest.raises(InputError, match="stopped" if fits else "make room"):
+        Map(grid, {"rgb": first, "height": second}).make(source, TileFolder(first, SETTINGS), anew=False)
+
+
 def test_a_folder_that_cannot_be_made_is_one_line(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     path = tmp_path / "file" / "map.png"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Optional, Protocol
@@ -74,16 +75,21 @@ class Map:
         tiles.remove()
 
     def _require_space(self, tiles: TileFolder) -> None:
-        """For the tiles and the files, as large as they can become."""
+        """For the tiles and the files, as large as they can become, on each disk that some of them go to."""
         pixels = self.grid.width * self.grid.height
-        per_pixel = sum(_BYTES[content] for content in self.targets)
-        needed = int(pixels * per_pixel * (1 + _WITH_OVERVIEWS)) + _SPARE_BYTES - tiles.kept_bytes()
-        for folder in {path.parent for path in self.targets.values()}:
+        parts = [(tiles.path.parent, _SPARE_BYTES - tiles.kept_bytes())]
+        for content, path in self.targets.items():
+            parts += [(tiles.path.parent, _BYTES[content] * pixels)]
+            parts += [(path.parent, int(_BYTES[content] * pixels * _WITH_OVERVIEWS))]
+        needed: Counter[int] = Counter()
+        for folder, size in parts:
             folder.mkdir(parents=True, exist_ok=True)
-            free = shutil.disk_usage(folder).free
-            if needed > free:
+            needed[_disk(folder)] += size
+        for folder in dict(parts):
+            here, free = needed[_disk(folder)], shutil.disk_usage(folder).free
+            if here > free:
                 raise InputError(
-                    f"{self.grid.width} x {self.grid.height} pixels need up to {needed / 2**30:.1f} GiB, but {folder}"
+                    f"{self.grid.width} x {self.grid.height} pixels need up to {here / 2**30:.1f} GiB, but {folder}"
                     f" has {free / 2**30:.1f} GiB free: make room, choose another folder or a larger --gsd"
                 )
 
@@ -122,6 +128,10 @@ class Map:
             for row, windows in progress.track(strips.items(), description=f"Writing {path.name}"):
                 parts = [_finished(tiles, window)[content] for window in sorted(windows)]
                 writer.write(row, np.concatenate(parts, axis=1))
+
+
+def _disk(folder: Path) -> int:
+    return folder.stat().st_dev
 
 
 def _finished(tiles: TileFolder, window: Window) -> Tile:
