@@ -256,14 +256,17 @@ def test_too_little_space_is_said_before_anything_is_rendered(tmp_path: Path, mo
     assert not source.windows and not list(tmp_path.iterdir())
 
 
-@pytest.mark.parametrize(("tiles_free", "file_free", "fits"), [(75, 15, True), (70, 15, False), (75, 5, False)])
+@pytest.mark.parametrize(
+    ("disks", "first_free", "second_free", "fits"),
+    [("ab", 83, 72, True), ("ab", 81, 72, False), ("ab", 83, 70, False), ("aa", 91, 91, True), ("aa", 89, 89, False)],
+)
 def test_every_disk_is_asked_for_its_own_share(
-    tiles_free: int, file_free: int, fits: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    disks: str, first_free: int, second_free: int, fits: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Of 1.4 million pixels the tiles take 11 MiB and 64 to spare, the second file 7."""
+    """Of 1.4 million pixels the tiles take 11 MiB, each file 7.3 MiB; 64 MiB are to be spared on every disk."""
     first, second = tmp_path / "a" / "map.png", tmp_path / "b" / "heights.tif"
-    free = {first.parent: tiles_free + 8, second.parent: file_free}
-    monkeypatch.setattr(ortho_map, "_disk", lambda folder: hash(folder))
+    free = {first.parent: first_free, second.parent: second_free}
+    monkeypatch.setattr(ortho_map, "_disk", lambda folder: disks[folder == second.parent])
     monkeypatch.setattr(ortho_map.shutil, "disk_usage", lambda folder: SimpleNamespace(free=free[folder] << 20))
     grid = RasterGrid(0.0, 0.0, 1.0, 1200, 1200)
     source = Painted(stop_after=0)

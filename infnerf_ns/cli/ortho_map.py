@@ -77,7 +77,7 @@ class Map:
     def _require_space(self, tiles: TileFolder) -> None:
         """For the tiles and the files, as large as they can become, on each disk that some of them go to."""
         pixels = self.grid.width * self.grid.height
-        parts = [(tiles.path.parent, _SPARE_BYTES - tiles.kept_bytes())]
+        parts = [(tiles.path.parent, -tiles.kept_bytes())]
         for content, path in self.targets.items():
             parts += [(tiles.path.parent, _BYTES[content] * pixels)]
             parts += [(path.parent, int(_BYTES[content] * pixels * _WITH_OVERVIEWS))]
@@ -86,7 +86,7 @@ class Map:
             folder.mkdir(parents=True, exist_ok=True)
             needed[_disk(folder)] += size
         for folder in dict(parts):
-            here, free = needed[_disk(folder)], shutil.disk_usage(folder).free
+            here, free = needed[_disk(folder)] + _SPARE_BYTES, shutil.disk_usage(folder).free
             if here > free:
                 raise InputError(
                     f"{self.grid.width} x {self.grid.height} pixels need up to {here / 2**30:.1f} GiB, but {folder}"
