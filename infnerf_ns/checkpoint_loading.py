@@ -3,21 +3,21 @@ built with, the pages of a packed run, and one clear line where checkpoint and c
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from pathlib import Path
+from typing import Any
 
 import torch
 
 from infnerf_ns.errors import InputError
+from infnerf_ns.field import OctreeField
+from infnerf_ns.near_plane import NearPlanes
 from infnerf_ns.octree import Octree
 from infnerf_ns.pages import PageLayout
-from infnerf_ns.streaming.node_cache import NodeCache, budget_bytes
+from infnerf_ns.streaming.node_cache import NodeCache
 from infnerf_ns.streaming.packing import CHECKSUMS
 from infnerf_ns.streaming.page_files import PageFiles
 from infnerf_ns.tree_building import require_memory
 from infnerf_ns.tree_state import octree_from_state
-
-if TYPE_CHECKING:
-    from infnerf_ns.model import InfNeRFModel
 
 _BANKS = ("field.grids", "field.decoders", "field.proposals", "field.appear")
 
@@ -41,13 +41,21 @@ def checkpoint_octree(state: dict[str, Any], device: torch.device) -> Octree:
     return octree
 
 
-def fit_whole(model: InfNeRFModel, octree: Octree, state: dict[str, Any]) -> None:
+def fit_whole(
+    field: OctreeField, near_planes: NearPlanes | None, octree: Octree, state: dict[str, Any], training: bool
+) -> None:
     """Makes the banks fit the checkpoint's tree in place, so that optimizers keep their Parameters.
+
+    Args:
+        field, near_planes: of the model.
+        octree: of the checkpoint, on the device of the model.
+        state: of the model.
+        training: the banks will be trained, which takes more memory.
 
     Raises:
         InputError: the checkpoint does not fit the configuration, or the memory.
     """
-    own = {f"field.{name}" for name, _ in model.field.named_parameters()}
+    own = {f"field.{name}" for name, _ in field.named_parameters()}
     differing = own ^ {name for name in state if name.startswith(_BANKS)}
     if differing:
         raise InputError(
@@ -55,49 +63,57 @@ def fit_whole(model: InfNeRFModel, octree: Octree, state: dict[str, Any]) -> Non
             " config.yml that was written beside it, or the same --pipeline.model.octree and"
             " --pipeline.model.field options"
         )
-    layout = PageLayout(model.config.field, octree.node_resolution, model.config.octree.max_level)
-    grown, held = (sum(layout.memory_bytes(tree, training=model.training)) for tree in (octree, model.field.octree))
+    layout = PageLayout(field.config, octree.node_resolution, field.max_level)
+    grown, held = (sum(layout.memory_bytes(tree, training=training)) for tree in (octree, field.octree))
     if grown > held:
-        require_memory([grown - held], model.device)
-    model.field.set_octree(octree)
-    _require_shapes(model, state)
+        require_memory([grown - held], octree.level.device)
+    field.set_octree(octree)
+    _require_shapes(field, near_planes, state)
 
 
-def open_pages(model: InfNeRFModel, octree: Octree, state: dict[str, Any]) -> NodeCache:
-    """From now on the model's nodes come from the pages of a packed run.
+def open_pages(
+    field: OctreeField,
+    near_planes: NearPlanes | None,
+    octree: Octree,
+    state: dict[str, Any],
+    pages: Path | None,
+    budget: int,
+) -> NodeCache:
+    """From now on the field's nodes come from the pages of a packed run.
 
     Args:
-        model: whose configuration says where they are.
-        octree: of the checkpoint.
-        state: loses what is about the pages.
+        field, near_planes: of the model.
+        octree: of the checkpoint, on the device of the model.
+        state: of the model; loses what is about the pages.
+        pages: their folder.
+        budget: bytes for nodes.
 
     Raises:
         InputError: the folder of pages is not there, or checkpoint and configuration do not fit each other.
     """
-    streaming, layout = model.config.streaming, model.field.pages
-    if streaming.pages is None or not streaming.pages.is_dir():
-        raise InputError(f"the checkpoint is packed, but its folder of pages, {streaming.pages}, is not there")
-    files = PageFiles(streaming.pages, octree, layout, state.pop(CHECKSUMS))
+    if pages is None or not pages.is_dir():
+        raise InputError(f"the checkpoint is packed, but its folder of pages, {pages}, is not there")
+    layout = field.pages
+    files = PageFiles(pages, octree, layout, state.pop(CHECKSUMS))
     of_nodes = 4 * sum(sum(layout.node_page(int(level)).values()) for level in octree.level[1:])
     always = sum(layout.memory_bytes(octree, training=False)) - of_nodes
-    cache = NodeCache(octree, files, always, budget_bytes(streaming.budget_mib), model.device)
-    model.field.stream(cache)
-    _require_shapes(model, state)
+    cache = NodeCache(octree, files, always, budget, octree.level.device)
+    field.stream(cache)
+    _require_shapes(field, near_planes, state)
     return cache
 
 
-def require_all_but_pages(model: InfNeRFModel, octree: Octree, loaded: Any) -> None:
+def require_all_but_pages(layout: PageLayout, octree: Octree, loaded: Any) -> None:
     """Ends with one line if a packed checkpoint lacked more than what is in the pages.
 
     Args:
-        model: after loading.
+        layout: of the pages.
         octree: of the checkpoint.
         loaded: what ``load_state_dict`` has returned.
 
     Raises:
         InputError: it did, or held more than the model.
     """
-    layout = model.field.pages
     paged = {f"field.{kind}.{level}" for level in range(1, octree.depth + 1) for kind in layout.node_page(level)}
     lost = sorted(set(loaded.missing_keys) - paged)
     if lost or loaded.unexpected_keys:
@@ -107,10 +123,10 @@ def require_all_but_pages(model: InfNeRFModel, octree: Octree, loaded: Any) -> N
         )
 
 
-def _require_shapes(model: InfNeRFModel, state: dict[str, Any]) -> None:
-    if model.near_planes is not None:
-        model.near_planes.fit(len(state["near_planes.points"]))
-    for name, value in model.field.named_parameters():
+def _require_shapes(field: OctreeField, near_planes: NearPlanes | None, state: dict[str, Any]) -> None:
+    if near_planes is not None:
+        near_planes.fit(len(state["near_planes.points"]))
+    for name, value in field.named_parameters():
         saved = state.get(f"field.{name}", value)  # a packed one lacks what is in its pages
         if saved.shape != value.shape:
             raise InputError(

@@ -52,6 +52,7 @@ from infnerf_ns.sampler import (
     sample_geometry,
     weight_quantiles,
 )
+from infnerf_ns.streaming.node_cache import budget_bytes
 from infnerf_ns.streaming.packing import CHECKSUMS
 from infnerf_ns.streaming.views import StreamedViews
 from infnerf_ns.tree_building import SOURCES, OctreeConfig, build_tree, log_tree, require_memory
@@ -218,11 +219,12 @@ class InfNeRFModel(Model):
         """Takes over the checkpoint's tree first; nodes of a packed run come from its pages when they are needed."""
         octree = checkpoint_octree(state_dict, self.device)
         if CHECKSUMS not in state_dict:
-            fit_whole(self, octree, state_dict)
+            fit_whole(self.field, self.near_planes, octree, state_dict, self.training)
             return super().load_state_dict(state_dict, strict=strict)
-        cache = open_pages(self, octree, state_dict)
+        pages, budget = self.config.streaming.pages, budget_bytes(self.config.streaming.budget_mib)
+        cache = open_pages(self.field, self.near_planes, octree, state_dict, pages, budget)
         loaded = super().load_state_dict(state_dict, strict=False)
-        require_all_but_pages(self, octree, loaded)
+        require_all_but_pages(self.field.pages, octree, loaded)
         sharpening = BLEND_SHARPENING if self.config.blend_levels else 1.0
         self.views = StreamedViews(cache, sharpening, lambda: self.field.level_cap)
         return loaded
