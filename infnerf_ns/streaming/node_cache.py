@@ -101,12 +101,12 @@ class NodeCache:
         try:
             self._pool = PagePool(self.octree, sizes, 0)
             self._pool.allocate(self._fitting(budget_bytes))
+            self._publish()
         except (RuntimeError, MemoryError) as error:
             raise InputError(
                 f"{budget_bytes / 2**20:.0f} MiB for nodes are more than is free on {self.device}: lower"
                 f" {BUDGET_VARIABLE}"
             ) from error
-        self._publish()
 
     # -- memory
 

@@ -45,11 +45,11 @@ class PagePool:
         return len(self.node_of_slot)
 
     def allocate(self, slots: int) -> None:
-        """Empty slots instead of the ones before."""
+        """Empty slots instead of the ones before; all nodes are forgotten."""
         device = self.octree.level.device
         self.node_of_slot = [-1] * slots
         self.slot = torch.full((self.octree.num_nodes,), -1)
-        """of each node; -1: it is not there"""
+        """of each node; -1: it has none, as the root"""
         # At least one slot, so that there is a bank to hand to the kernels; nothing is ever put into a spare one.
         self._stride = max(slots, 1)
         self.tensors = {kind: _lazy_zeros(self._stride, size, device) for kind, size in self.sizes.items()}
@@ -70,7 +70,7 @@ class PagePool:
         return self.node_of_slot.index(-1) if -1 in self.node_of_slot else None
 
     def put(self, node: int, slot: int, page: Mapping[str, Tensor]) -> None:
-        """A node's page into a slot."""
+        """A node's page into a slot that is free."""
         for kind, pool in self.tensors.items():
             pool[slot].copy_(page[kind])
         number = 1 + (int(self._level[node]) - 1) * self._stride + slot
