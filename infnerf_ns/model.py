@@ -349,7 +349,11 @@ class InfNeRFModel(Model):
         rays, per_ray = samples.starts.shape[:2]
         jitter = self.training and self.config.sampler.footprint_jitter
         positions, footprints = sample_geometry(
-            ray_bundle, samples, interval_share=self.config.sampler.interval_footprint, jitter=jitter
+            ray_bundle,
+            samples,
+            interval_share=self.config.sampler.interval_footprint,
+            cube=self.field.octree.cube,
+            jitter=jitter,
         )
         positions = positions.reshape(-1, 3)
         footprints = None if footprints is None else footprints.reshape(-1)

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from infnerf_ns.footprint import cone_radius
 from infnerf_ns.kernels import rays as ray_kernels
+from infnerf_ns.octree import RootCube
 from infnerf_ns.validation import Range
 
 ORTHOGRAPHIC_FOOTPRINT = "orthographic_footprint"
@@ -52,8 +53,9 @@ class SamplerConfig:
     """Near plane of all cameras in scene units; by default each camera has its own, half of the distance to the nearest
     SfM points in its view."""
     interval_footprint: Annotated[float, Range(0.0, 1.0)] = 0.25
-    """The footprint of a sample that the field evaluates is at least this share of half its interval's length: what
-    stands for a long way through the air is told by coarse nodes (0: the pixel's cone alone, as in the paper)."""
+    """The footprint of a sample that the field evaluates is at least this share of half its interval's length: coarse
+    nodes answer for what stands for a long way through the air, and fine hash levels are faded there (0: the pixel's
+    cone alone, as in the paper)."""
     far_factor: Annotated[float, Range(1.0, 1e6)] = 100.0
     """Far plane, in edge lengths of the root cube."""
     footprint_jitter: bool = True
@@ -162,7 +164,7 @@ class LoDSampler(nn.Module):
             else:
                 samples = self._resample(samples_list[-1], weights_list[-1], anneal, count, s_near, s_far)
             with torch.set_grad_enabled(trains):
-                positions, footprints = sample_geometry(rays, samples, interval_share=1.0)
+                positions, footprints = sample_geometry(rays, samples, of_interval=True)
                 density = density_fn(positions.reshape(-1, 3), None if footprints is None else footprints.reshape(-1))
                 weights = ray_kernels.render_weights(density.reshape(positions.shape[:2]), samples.edges)[..., None]
             weights_list.append(weights)
@@ -202,20 +204,29 @@ class LoDSampler(nn.Module):
 
 
 def sample_geometry(
-    rays: RayBundle, samples: Intervals, *, interval_share: float = 0.0, jitter: bool = False
+    rays: RayBundle,
+    samples: Intervals,
+    *,
+    of_interval: bool = False,
+    interval_share: float = 0.0,
+    cube: RootCube | None = None,
+    jitter: bool = False,
 ) -> tuple[Float[Tensor, "R S 3"], Float[Tensor, "R S"] | None]:
     """Positions and footprints of ray samples.
 
     Args:
         rays: R rays.
         samples: intervals along them.
-        interval_share: the footprint is at least this share of half the interval's length.
+        of_interval: the footprint is at least half the interval's length (proposal rounds).
+        interval_share: the footprint is at least this share of half the interval's length, which outside the root cube
+            counts as much less as the contraction shortens what lies along a ray more than what lies across it.
+        cube: the root cube, for ``interval_share``.
         jitter: perturb the footprint by 2**(u - 1/2), one u per ray sample.
 
     Returns:
         World positions, and radii in scene units. If the rays carry nerfstudio's placeholder ``pixel_area == 1``
-        (texture export, nearest-camera render) no pixel is known: the radii are that share of half the
-        intervals' lengths; None where it is 0: the finest level answers.
+        (texture export, nearest-camera render) no pixel is known: the radii are half the intervals'
+        lengths for ``of_interval``, else None, and the finest level answers.
         Parallel rays (orthographic cameras, ``pixel_area == 0``) have the radius ``ORTHOGRAPHIC_FOOTPRINT`` of their
         metadata everywhere.
     """
@@ -227,10 +238,15 @@ def sample_geometry(
         samples.edges,
         cone_radius(torch.ones_like(area), area),
         None if constant is None else constant[:, 0],
-        interval_share,
+        of_interval,
     )
     if bool((area[:1] == 1).all()) and bool((area == 1).all()):
-        return positions, interval_share / 2 * samples.edges.diff(dim=1) if interval_share else None
+        return positions, samples.edges.diff(dim=1) / 2 if of_interval else None
+    if interval_share and cube is not None:
+        least = interval_share / 2 * samples.edges.diff(dim=1)
+        # The L-inf contraction at norm n: (2 - 1/n) / n across, 1 / n^2 along.
+        norm = (2 * cube.to_unit(positions.detach()) - 1).abs().amax(dim=-1).clamp(min=1.0)
+        radii = torch.maximum(radii, least / (2 * norm - 1))
     if jitter:
         radii = radii * 2 ** (torch.rand_like(radii) - 0.5)
     return positions, radii

@@ -18,6 +18,7 @@ from infnerf_ns.cli import bench_nodes, bench_quality, picture
 from infnerf_ns.cli.bench_output import table_and_plot
 from infnerf_ns.cli.bench_quality import Quality, held_out_psnr
 from infnerf_ns.cli.bench_speed import Speed
+from infnerf_ns.cli.bench_trainer import full_tree, random_rays
 from infnerf_ns.errors import InputError
 
 
@@ -28,6 +29,16 @@ def test_bench_prints_a_row_per_tree(capsys: pytest.CaptureFixture[str]) -> None
     assert [line.split()[0] for line in lines[header + 1 :]] == ["1", "9"]
     assert lines[header + 1].split()[-1] == "1.00"
     assert "16 rays per step" in " ".join(lines)
+
+
+def test_rays_of_the_benches_ask_for_the_leaves() -> None:
+    """Of nothing that has learnt, too: all of its intervals are long."""
+    trainer, evaluated = full_tree(2), []
+    model = trainer.model.eval()
+    model.field.activate_level(2)
+    model.on_evaluated = evaluated.append
+    model(random_rays(0, 64)[0])
+    assert (model.field.octree.level[evaluated[0].routed.node] == 2).float().mean() > 0.1
 
 
 def test_speed_prints_a_row_per_kernel(capsys: pytest.CaptureFixture[str]) -> None:

@@ -116,18 +116,18 @@ def _edges(samples: RaySamples) -> Tensor:
     return torch.cat([samples.frustums.starts[..., 0], samples.frustums.ends[:, -1:, 0]], dim=1)
 
 
-@pytest.mark.parametrize("interval_share", [0.0, 0.25, 1.0])
+@pytest.mark.parametrize("of_interval", [True, False])
 @pytest.mark.parametrize("parallel", [True, False])
 @every_threads
-def test_samples_of_cones_are_the_reference(threads: int, parallel: bool, interval_share: float) -> None:
+def test_samples_of_cones_are_the_reference(threads: int, parallel: bool, of_interval: bool) -> None:
     numba.set_num_threads(threads)
     origins, directions = _random(RAYS, 3), torch.nn.functional.normalize(_random(RAYS, 3, seed=1) - 0.5, dim=1)
     edges, slope = _random(RAYS, SAMPLES + 1, seed=2).cumsum(1), _random(RAYS, seed=3)
     constant = _random(RAYS, seed=4) if parallel else None
-    fast = cone_samples(origins, directions, edges, slope, constant, interval_share)
+    fast = cone_samples(origins, directions, edges, slope, constant, of_interval)
     assert not fast[0].requires_grad
     rays = [x.requires_grad_() for x in (origins, directions)]  # gradients ask for the torch form
-    reference = cone_samples(*rays, edges, slope, constant, interval_share)
+    reference = cone_samples(*rays, edges, slope, constant, of_interval)
     assert reference[0].requires_grad
     for name, got, expected in zip(("positions", "radii"), fast, reference):
         assert torch.allclose(got, expected, rtol=1e-5, atol=1e-6), name
@@ -177,7 +177,7 @@ def test_nothing_along_rays(shape: tuple[int, int]) -> None:
     weights.sum().backward()
     assert weights.shape == density.grad.shape == shape
     ray, rays = torch.ones(shape[0]), torch.ones(shape[0], 3)
-    positions, radii = cone_samples(rays, rays, edges, ray, None, 0.0)
+    positions, radii = cone_samples(rays, rays, edges, ray, None, False)
     assert positions.shape == (*shape, 3) and radii.shape == shape
 
 

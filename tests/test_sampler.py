@@ -12,6 +12,7 @@ from nerfstudio.cameras.rays import RayBundle
 from torch import Tensor
 
 from infnerf_ns.kernels.rays import distances
+from infnerf_ns.octree import RootCube, contract
 from infnerf_ns.sampler import (
     ORTHOGRAPHIC_FOOTPRINT,
     Intervals,
@@ -195,9 +196,28 @@ def test_a_round_asks_for_the_interval_that_it_represents() -> None:
     assert torch.allclose(footprints, _middles(samples) * math.sqrt(PIXEL / math.pi)), "for the field: the cone alone"
     expected = rays.origins[:, None] + rays.directions[:, None] * _middles(samples)[..., None]
     assert torch.allclose(positions, expected, rtol=1e-6)
-    quarter = sample_geometry(rays, samples, interval_share=0.25)[1]
+    assert sample_geometry(rays, samples, of_interval=True)[1].min() >= footprints.min()
+
+
+def test_a_sample_of_the_field_is_at_least_a_share_of_its_interval() -> None:
+    """Outside the root cube a length along the ray counts less than a length across it."""
+    rays = _rays()
+    rays.origins[:] = torch.tensor([0.1, 0.2, 0.3])
+    _, _, samples = _asked_footprints(rays)
+    cube = RootCube(rays.origins[0], 4.0, torch.eye(3))  # so all rays lead straight outwards
+    positions, cone = sample_geometry(rays, samples)
+    radii = sample_geometry(rays, samples, interval_share=0.25, cube=cube)[1]
     half = (samples.ends - samples.starts)[..., 0] / 2
-    assert torch.allclose(quarter, torch.maximum(footprints, half / 4)) and bool((quarter > footprints).any())
+    place, way = (positions.double() - cube.center) / cube.side + 0.5, rays.directions[:, None].double()
+    norm = 2 * (place - 0.5).abs().amax(dim=-1)
+    inside = norm < 1
+    assert torch.allclose(radii[inside], torch.maximum(cone, half / 4)[inside]) and bool((radii > cone)[inside].any())
+    # How long a short step along a ray is after the contraction, and one across it.
+    along = (contract(place + 1e-5 * way) - contract(place - 1e-5 * way)).norm(dim=-1) / 2e-5
+    across = (2 - 1 / norm) / norm / 2
+    expected = torch.maximum(cone, half / 4 * along / across)
+    assert torch.allclose(radii[~inside].double(), expected[~inside].double(), rtol=1e-3)
+    assert bool((radii > cone)[~inside].any())
 
 
 def test_placeholder_pixels_have_no_footprint() -> None:

@@ -49,15 +49,20 @@ class TinyPacked:
         return NodeCache(field.octree, files, 1000, 1000 + nodes * page, "cpu")
 
 
-def packed_config(field: dict | None = None) -> InfNeRFModelConfig:
-    """A tree of four levels, which views touch much of: the intervals between so few samples are long, and would have
-    coarse nodes answer."""
-    return tiny_config(field, {"interval_footprint": 0.0}, max_level=DEPTH)
+CONE_ALONE = {"interval_footprint": 0.0}
+"""So few samples have long intervals, for which coarse nodes would answer; views shall touch much of the tree."""
+MANY_SAMPLES = {"samples": 96}
+"""Intervals so short that views touch much of the tree all the same."""
 
 
-def tiny_packed(folder: Path, half: bool = False, field: dict | None = None) -> TinyPacked:
+def packed_config(field: dict | None = None, sampler: dict | None = None) -> InfNeRFModelConfig:
+    """A tree of four levels."""
+    return tiny_config(field, sampler or CONE_ALONE, max_level=DEPTH)
+
+
+def tiny_packed(folder: Path, half: bool = False, field: dict | None = None, sampler: dict | None = None) -> TinyPacked:
     """Writes the pages of a model that looks as if it had learnt something."""
-    model = scrambled(tiny_model(packed_config(field), tiny_scene(count=4000), active=DEPTH)).eval()
+    model = scrambled(tiny_model(packed_config(field, sampler), tiny_scene(count=4000), active=DEPTH)).eval()
     assert model.field.octree.nodes_per_level[DEPTH] > 8
     state = {name: value.detach() for name, value in model.state_dict().items()}
     pages = folder / "pages"

@@ -88,6 +88,7 @@ def full_tree(level: int) -> StepTrainer:
     config = InfNeRFModelConfig()
     config.octree.max_level, config.octree.level_start_steps, config.octree.trim = level, 0, 0.0
     config.losses.inter_level = config.losses.transparency = 0.0
+    config.sampler.interval_footprint = 0.0  # nothing is learnt, so all intervals are long
     return StepTrainer(config, scene, num_photos=8)
 
 

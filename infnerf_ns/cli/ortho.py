@@ -85,6 +85,7 @@ class Ortho:
             {
                 "checkpoint": [str(checkpoint.resolve()), stat.st_size, stat.st_mtime_ns],
                 "configuration": zlib.crc32((folder / "config.yml").read_bytes()),
+                "interval_footprint": model.config.sampler.interval_footprint,  # that of an older run is this version's
                 "contents": sorted(targets),
                 "frame": [frame.axes.tolist(), frame.zero.tolist(), frame.unit, *frame.shift],
                 "bounds": grid.bounds,

@@ -60,16 +60,17 @@ def resample(bins, weights, exponent, padding, offset, s_near, s_far, bend, new_
 
 
 @nb.njit(parallel=True, cache=True, fastmath=KEEPS_NAN, error_model="numpy", boundscheck=False)
-def cone_samples(origins, directions, edges, slope, constant, interval_share, positions, radii):
+def cone_samples(origins, directions, edges, slope, constant, of_interval, positions, radii):
     """Writes positions [R, S, 3] and radii [R, S]; constant [R], or [0]: the radius is slope [R] times the distance."""
-    least = np.float32(interval_share / 2)
     for r in nb.prange(len(edges)):
         for i in range(edges.shape[1] - 1):
             middle = (edges[r, i] + edges[r, i + 1]) / np.float32(2)
             for axis in range(3):
                 positions[r, i, axis] = origins[r, axis] + directions[r, axis] * middle
             radius = constant[r] if len(constant) else middle * slope[r]
-            radii[r, i] = max(radius, least * (edges[r, i + 1] - edges[r, i]))
+            if of_interval:
+                radius = max(radius, (edges[r, i + 1] - edges[r, i]) / np.float32(2))
+            radii[r, i] = radius
 
 
 @nb.njit(parallel=True, cache=True, fastmath=KEEPS_NAN, error_model="numpy", boundscheck=False)

@@ -90,7 +90,7 @@ def cone_samples(
     edges: Float[Tensor, "R S1"],
     slope: Float[Tensor, "R"],
     constant: Float[Tensor, "R"] | None,
-    interval_share: float,
+    of_interval: bool,
 ) -> tuple[Float[Tensor, "R S 3"], Float[Tensor, "R S"]]:
     """Middles of the intervals and footprints there.
 
@@ -99,7 +99,7 @@ def cone_samples(
         edges: distances of the intervals' edges.
         slope: radius of the pixels' cones per distance.
         constant: radius of parallel rays instead.
-        interval_share: the footprint is at least this share of half the interval's length.
+        of_interval: the footprint is at least half the interval's length.
     """
     needs_gradient = torch.is_grad_enabled() and (origins.requires_grad or directions.requires_grad)
     if not needs_gradient and on_cpu(origins, directions, edges, slope, constant):
@@ -108,14 +108,16 @@ def cone_samples(
         fixed = np.empty(0, np.float32) if constant is None else flat(constant)
         with numba_lock:
             ray_numba.cone_samples(
-                flat(origins), flat(directions), flat(edges), flat(slope), fixed, interval_share,
+                flat(origins), flat(directions), flat(edges), flat(slope), fixed, of_interval,
                 positions.numpy(), radii.numpy(),
             )  # fmt: skip
         return positions, radii
     middle = (edges[:, :-1] + edges[:, 1:]) / 2
     positions = origins[:, None] + directions[:, None] * middle[..., None]
     radii = middle * slope[:, None] if constant is None else constant[:, None].expand_as(middle)
-    return positions, torch.maximum(radii, interval_share / 2 * edges.diff(dim=1))
+    if of_interval:
+        radii = torch.maximum(radii, edges.diff(dim=1) / 2)
+    return positions, radii
 
 
 def render_weights(density: Float[Tensor, "R S"], edges: Float[Tensor, "R S1"]) -> Float[Tensor, "R S"]:
