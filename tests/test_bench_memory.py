@@ -10,7 +10,8 @@ import pytest
 from PIL import Image
 from test_bench_scaling import TINY
 
-from infnerf_ns.cli.bench_memory import VIEWS, Memory, town_views, view_camera
+from infnerf_ns.cli.bench_memory import Memory
+from infnerf_ns.cli.bench_views import VIEWS, TownViews, view_camera
 from infnerf_ns.data.demo_dataparser import METRES_PER_UNIT
 from infnerf_ns.data.demo_scene.town import build_town
 from infnerf_ns.errors import InputError
@@ -21,7 +22,7 @@ STREET, ROOF, ABOVE = range(len(VIEWS))
 
 @pytest.mark.parametrize("size", [1, 2, 8])
 def test_the_view_from_above_shows_the_whole_town(size: int) -> None:
-    pose, half = town_views(size, 0)[ABOVE], build_town(size, 0).half_side / METRES_PER_UNIT
+    pose, half = TownViews(size, 0).poses[ABOVE], build_town(size, 0).half_side / METRES_PER_UNIT
     camera = view_camera(pose, 960, 540)
     local = (np.array([[x, y, 0.0] for x in (-half, half) for y in (-half, half)]) - pose[:, 3]) @ pose[:, :3]
     focal = float(camera.fx[0, 0])
@@ -32,7 +33,7 @@ def test_the_view_from_above_shows_the_whole_town(size: int) -> None:
 
 def test_the_views_stand_where_they_are_said_to() -> None:
     for size in (1, 2, 8):
-        height = [pose[2, 3] * METRES_PER_UNIT for pose in town_views(size, 0)]
+        height = [pose[2, 3] * METRES_PER_UNIT for pose in TownViews(size, 0).poses]
         assert 1.5 < height[STREET] < 3 and 6 < height[ROOF] < 30 and height[ABOVE] > 40 * size
 
 
@@ -49,6 +50,7 @@ def test_a_town_is_trained_packed_and_looked_at(tmp_path: Path, monkeypatch: pyt
     for row in rows:
         used, seen, nodes = (int(row[name]) for name in ("nodes_used", "nodes_in_view", "nodes"))
         assert 1 <= used <= seen <= nodes
+        assert 1 <= int(row["nodes_of_surfaces"]) <= seen
         page = (float(row["model_mib"]) - float(row["resident_mib"])) / max(nodes - used, 1)
         assert float(row["share"]) == pytest.approx(float(row["resident_mib"]) / float(row["model_mib"]), abs=0.01)
         assert float(row["read_mib"]) == pytest.approx((used - 1) * page, abs=0.02), "what is used and nothing else"

@@ -3,9 +3,10 @@
 Every town has the cameras, SfM points and tree of ``ns-train ... infnerf-demo --size N`` and is trained in small steps
 on rays cast into the town, whose depths are told to the density (:func:`.bench_training.depth_loss`), until its samples
 lie on its surfaces. Then it is packed as ``infnerf-pack`` does it, and every view is rendered in a fresh process that
-starts with the small checkpoint alone: counted are the pages that its samples touch. The views: in a street in the
-middle of the town, above a roof there with a quarter of the town before it, and as far above that all of it is in the
-picture.
+starts with the small checkpoint alone: counted are the pages that its samples touch. Beside them stands in how many
+nodes the surfaces lie that the view shows, known from the town itself: what that number tends to with the training. The
+views: in a street in the middle of the town, above a roof there with a quarter of the town before it, and as far above
+that all of it is in the picture.
 """
 
 from __future__ import annotations
@@ -25,7 +26,6 @@ import psutil
 import torch
 import torchvision
 from jaxtyping import Float, UInt8
-from nerfstudio.cameras.cameras import Cameras, CameraType
 from nerfstudio.data.scene_box import SceneBox
 from rich.console import Console
 from rich.progress import track
@@ -37,21 +37,18 @@ from infnerf_ns.cli.bench_output import table_and_plot, write_table
 from infnerf_ns.cli.bench_town import Town, TownRays, survey_town
 from infnerf_ns.cli.bench_trainer import StepTrainer
 from infnerf_ns.cli.bench_training import depth_loss, peak_bytes
-from infnerf_ns.data.demo_dataparser import MAX_SIZE, METRES_PER_UNIT
-from infnerf_ns.data.demo_scene import DemoSceneOptions
-from infnerf_ns.data.demo_scene.flight import look_at
-from infnerf_ns.data.demo_scene.raycaster import make_raycaster
-from infnerf_ns.data.demo_scene.town import BLOCK, build_town
+from infnerf_ns.cli.bench_views import VIEWS, TownViews, view_camera
+from infnerf_ns.data.demo_dataparser import MAX_SIZE
 from infnerf_ns.data.sfm import SfMScene
 from infnerf_ns.errors import InputError
-from infnerf_ns.model import InfNeRFModel, InfNeRFModelConfig
+from infnerf_ns.model import BLEND_SHARPENING, InfNeRFModel, InfNeRFModelConfig
 from infnerf_ns.presets import load_preset
 from infnerf_ns.streaming.node_cache import BUDGET_VARIABLE
 from infnerf_ns.streaming.packing import small_state, write_pages
 from infnerf_ns.streaming.page_files import PAGES
 from infnerf_ns.streaming.views import FrameReport
+from infnerf_ns.tree_state import octree_from_state
 
-VIEWS = ("street", "roof", "above")
 _MIB = 2**20
 _STATE = "small.pt"
 _LAST_RATE = 0.02
@@ -100,17 +97,21 @@ class Memory:
                 config = load_preset(self.preset, "cpu").pipeline.model
                 config.field.log2_table_size = config.field.proposal_log2_table_size = self.log2_table_size
                 self._train_and_pack(size, Path(folder), config)
-                rendered = [self._render(Path(folder), config, pose) for pose in town_views(size, self.seed)]
-            rows += [_row(size, view, each) for view, each in zip(VIEWS, rendered)]
+                views = TownViews(size, self.seed)
+                rendered = [self._render(Path(folder), config, pose) for pose in views.poses]
+                octree = octree_from_state(torch.load(Path(folder) / _STATE, weights_only=True)[1], "field.")
+            for view, pose, each in zip(VIEWS, views.poses, rendered):
+                camera = view_camera(pose, self.width, self.height)
+                rows.append(_row(size, view, each, views.surface_nodes(octree, camera, BLEND_SHARPENING)))
             pictures.append(torch.cat([torch.from_numpy(each.rgb) for each in rendered], dim=1))
             for row in rows[-len(VIEWS) :]:
                 print(_line(row), flush=True)
             write_table(rows, table)
         _print_table(rows)
         _plot(rows, plot, f"{self.preset}, {self.width}x{self.height} pixels")
-        views = self.output.with_name(f"{self.output.name}_views.png")
-        torchvision.utils.save_image(torch.cat(pictures).permute(2, 0, 1).float() / 255, views)
-        print(f"infnerf: wrote {table}, {plot} and {views}")
+        pictured = self.output.with_name(f"{self.output.name}_views.png")
+        torchvision.utils.save_image(torch.cat(pictures).permute(2, 0, 1).float() / 255, pictured)
+        print(f"infnerf: wrote {table}, {plot} and {pictured}")
 
     def _check(self) -> None:
         sizes = self.sizes
@@ -164,6 +165,8 @@ class Rendered:
     """of the whole model"""
     model_bytes: int
     """of the whole model"""
+    page_bytes: int
+    """of a node below the root"""
     report: FrameReport
     """of the view"""
     idle_bytes: int
@@ -200,47 +203,16 @@ def render_view(
     outputs = model.get_outputs_for_camera(view_camera(pose, width, height))
     cache, report = model.views.cache, model.views.last_frame
     rgb = (outputs["rgb"].clamp(0, 1) * 255).round().to(torch.uint8).numpy()
-    return Rendered(cache.octree.num_nodes, cache.model_bytes, report, idle, peak_bytes(), rgb)
-
-
-def view_camera(pose: Float[np.ndarray, "3 4"], width: int, height: int) -> Cameras:
-    """A camera with the field of view of the demo scene's photos."""
-    lens = DemoSceneOptions(1).lens
-    focal = lens.focal / lens.width * width
-    pose = torch.from_numpy(pose.astype(np.float32))[None]
-    return Cameras(pose, focal, focal, width / 2, height / 2, width, height, camera_type=CameraType.PERSPECTIVE)
-
-
-def town_views(size: int, seed: int) -> list[Float[np.ndarray, "3 4"]]:
-    """Poses of :data:`VIEWS` in scene units: in the street next to the middle of the town, above the house next to it
-    towards a corner of the town, and above all of it."""
-    town = build_town(size, seed)
-    street = 0.0 if size % 2 == 0 else BLOCK / 2
-    inwards = -1.0 if size % 2 else 1.0
-    poses = [look_at(np.array([-8.0, street + 0.8, 2.2]), np.array([12.0, street + 3.0 * inwards, 2.6]))]
-    house = int(np.argmin(np.linalg.norm(town.facades.foot, axis=-1)))
-    top = _height_over(town.mesh.corners, town.facades.foot[house] - 2 * town.facades.outward[house])
-    roof = town.facades.foot[house] * np.array([1, 1, 0]) + np.array([0, 0, top + 4.0])
-    poses.append(look_at(roof, np.array([town.half_side, town.half_side, 0.0])))
-    poses.append(look_at(town.half_side * np.array([0.0, -1.8, 2.4]), np.array([0.0, -0.1 * town.half_side, 0.0])))
-    for pose in poses:
-        pose[:, 3] /= METRES_PER_UNIT
-    return poses
-
-
-def _height_over(corners: np.ndarray, place: np.ndarray) -> float:
-    """Of the town at a place, metres."""
-    start = np.array([[place[0], place[1], 200.0]], np.float32)
-    _, depth = make_raycaster(corners).cast(start, np.array([[0, 0, -1.0]], np.float32))
-    return 200.0 - float(depth[0])
+    return Rendered(cache.octree.num_nodes, cache.model_bytes, cache.page_bytes, report, idle, peak_bytes(), rgb)
 
 
 def _model_bytes(model: InfNeRFModel) -> int:
     return sum(model.field.pages.memory_bytes(model.field.octree, training=False))
 
 
-def _row(size: int, view: str, rendered: Rendered) -> dict:
+def _row(size: int, view: str, rendered: Rendered, surface_nodes: int) -> dict:
     report = asdict(rendered.report)
+    surface_bytes = rendered.model_bytes - (rendered.nodes - surface_nodes) * rendered.page_bytes
     return {
         "size": size,
         "area": size**2,
@@ -248,7 +220,9 @@ def _row(size: int, view: str, rendered: Rendered) -> dict:
         "nodes": rendered.nodes,
         "model_mib": round(rendered.model_bytes / _MIB, 2),
         "nodes_in_view": report["nodes_in_view"],
+        "nodes_of_surfaces": surface_nodes,
         "nodes_used": report["nodes_used"],
+        "surfaces_mib": round(surface_bytes / _MIB, 2),
         "resident_mib": round(report["bytes_used"] / _MIB, 2),
         "share": round(report["bytes_used"] / rendered.model_bytes, 5),
         "read_mib": round(report["bytes_read"] / _MIB, 2),
@@ -267,7 +241,7 @@ def _line(row: dict) -> str:
 
 def _print_table(rows: list[dict]) -> None:
     table = Table(title="memory of a view (MiB); process: its largest size before the view and with it")
-    for name in ("area", "view", "nodes", "in view", "used", "model", "resident", "share", "process"):
+    for name in ("area", "view", "nodes", "in view", "surfaces", "used", "model", "resident", "share", "process"):
         table.add_column(name, justify="right")
     for row in rows:
         table.add_row(
@@ -275,6 +249,7 @@ def _print_table(rows: list[dict]) -> None:
             row["view"],
             f"{row['nodes']:,}",
             str(row["nodes_in_view"]),
+            str(row["nodes_of_surfaces"]),
             str(row["nodes_used"]),
             f"{row['model_mib']:,.0f}",
             f"{row['resident_mib']:,.0f}",
@@ -296,7 +271,10 @@ def _plot(rows: list[dict], path: Path, title: str) -> None:
     axis.plot([row["area"] for row in first], [row["model_mib"] for row in first], "ks-", label="whole model")
     for view in VIEWS:
         own = [row for row in rows if row["view"] == view]
-        axis.plot([row["area"] for row in own], [row["resident_mib"] for row in own], "o-", label=f"view: {view}")
+        area = [row["area"] for row in own]
+        (line,) = axis.plot(area, [row["resident_mib"] for row in own], "o-", label=f"view: {view}")
+        axis.plot(area, [row["surfaces_mib"] for row in own], ":", color=line.get_color())
+    axis.plot([], [], "k:", label="the surfaces in view")
     area = [row["area"] for row in first]
     axis.set(xscale="log", yscale="log", xlabel="area of the town (blocks)", ylabel="MiB in memory", title=title)
     axis.set_xticks(area, [f"{each}\n{row['nodes']} nodes" for each, row in zip(area, first)])
