@@ -12,7 +12,7 @@ import psutil
 import pytest
 import torch
 from PIL import Image
-from tiny_model import ray_batch, scrambled, tiny_config, tiny_scene
+from tiny_model import CONE_ALONE, ray_batch, scrambled, tiny_config, tiny_scene
 from torch import Tensor
 
 from infnerf_ns.cli import bench_scaling
@@ -151,7 +151,7 @@ def test_resident_bytes_are_those_that_were_written() -> None:
 @pytest.mark.parametrize("children", ["residual", "independent"])
 def test_touched_blocks_are_those_of_an_independent_count(children: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Against the corners of all samples' cells, found by the published indexing rule, sample by sample."""
-    config = tiny_config({"children": children}, level_start_steps=0)
+    config = tiny_config({"children": children}, CONE_ALONE, level_start_steps=0)
     trainer = StepTrainer(config, tiny_scene(), num_photos=3)
     tree = scrambled(trainer.model).field
     tree.activate_level(2)

@@ -11,6 +11,7 @@ from nerfstudio.cameras.cameras import CameraType
 from nerfstudio.data.scene_box import OrientedBox
 from nerfstudio.utils import colormaps
 from tiny_model import (
+    CONE_ALONE,
     DEPTH,
     PHOTOS,
     ray_batch,
@@ -128,10 +129,6 @@ def test_an_empty_view_is_rendered() -> None:
     outputs = model.get_outputs_for_camera(tiny_camera(*CAMERAS["perspective"]))
     assert outputs["accumulation"].max() < 1e-3
     assert bool(torch.isfinite(outputs["rgb"]).all()) and bool(torch.isfinite(outputs["normals"]).all())
-
-
-CONE_ALONE = {"interval_footprint": 0.0}
-"""So few samples have long intervals, for which coarse nodes answer."""
 
 
 def test_the_level_of_an_orthographic_view_follows_its_ground_pixel() -> None:

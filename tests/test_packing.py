@@ -17,8 +17,8 @@ import pytest
 import torch
 import yaml
 from nerfstudio.cameras.cameras import CameraType
-from tiny_model import ray_batch, scrambled, tiny_camera, tiny_config, tiny_model
-from tiny_packed import CONE_ALONE, MANY_SAMPLES, TinyPacked, tiny_packed, tiny_run
+from tiny_model import CONE_ALONE, ray_batch, scrambled, tiny_camera, tiny_config, tiny_model
+from tiny_packed import MANY_SAMPLES, TinyPacked, tiny_packed, tiny_run
 
 from infnerf_ns.cli.pack import Packed, pack_run
 from infnerf_ns.errors import InputError

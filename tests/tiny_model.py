@@ -19,6 +19,11 @@ from infnerf_ns.tree_building import OctreeConfig
 PHOTOS, DEPTH = 3, 2
 
 
+CONE_ALONE = {"interval_footprint": 0.0}
+"""Sampler options: so few samples have long intervals, for which coarse nodes answer; where much of the tree shall be
+touched, the pixel's cone alone asks."""
+
+
 def tiny_scene(seed: int = 0, count: int = 600) -> SfMScene:
     """Points in a cube, some of them seen from close by."""
     generator = torch.Generator().manual_seed(seed)

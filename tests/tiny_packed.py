@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch
 import yaml
-from tiny_model import scrambled, tiny_config, tiny_model, tiny_scene
+from tiny_model import CONE_ALONE, scrambled, tiny_config, tiny_model, tiny_scene
 from torch import Tensor
 
 from infnerf_ns.model import InfNeRFModel, InfNeRFModelConfig
@@ -49,8 +49,6 @@ class TinyPacked:
         return NodeCache(field.octree, files, 1000, 1000 + nodes * page, "cpu")
 
 
-CONE_ALONE = {"interval_footprint": 0.0}
-"""So few samples have long intervals, for which coarse nodes would answer; views shall touch much of the tree."""
 MANY_SAMPLES = {"samples": 96}
 """Intervals so short that views touch much of the tree all the same."""
 
