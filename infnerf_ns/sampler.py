@@ -218,8 +218,8 @@ def sample_geometry(
         rays: R rays.
         samples: intervals along them.
         of_interval: the footprint is at least half the interval's length (proposal rounds).
-        interval_share: the footprint is at least this share of half the interval's length, which outside the root cube
-            counts as much less as the contraction shortens what lies along a ray more than what lies across it.
+        interval_share: the footprint is at least this share of half the interval's length, which counts less outside
+            the root cube (:class:`infnerf_ns.kernels.rays.IntervalFloor`).
         cube: the root cube, for ``interval_share``.
         jitter: perturb the footprint by 2**(u - 1/2), one u per ray sample.
 
@@ -232,6 +232,11 @@ def sample_geometry(
     """
     area = rays.pixel_area[:, 0]
     constant = (rays.metadata or {}).get(ORTHOGRAPHIC_FOOTPRINT)
+    floor = None
+    if interval_share and cube is not None:
+        with torch.no_grad():
+            start, way = 2 * cube.to_unit(rays.origins) - 1, rays.directions @ cube.rotation.to(rays.directions).T
+            floor = ray_kernels.IntervalFloor(interval_share, start, way * (2 / cube.side))
     positions, radii = ray_kernels.cone_samples(
         rays.origins,
         rays.directions,
@@ -239,14 +244,10 @@ def sample_geometry(
         cone_radius(torch.ones_like(area), area),
         None if constant is None else constant[:, 0],
         of_interval,
+        floor,
     )
     if bool((area[:1] == 1).all()) and bool((area == 1).all()):
         return positions, samples.edges.diff(dim=1) / 2 if of_interval else None
-    if interval_share and cube is not None:
-        least = interval_share / 2 * samples.edges.diff(dim=1)
-        # The L-inf contraction at norm n: (2 - 1/n) / n across, 1 / n^2 along.
-        norm = (2 * cube.to_unit(positions.detach()) - 1).abs().amax(dim=-1).clamp(min=1.0)
-        radii = torch.maximum(radii, least / (2 * norm - 1))
     if jitter:
         radii = radii * 2 ** (torch.rand_like(radii) - 0.5)
     return positions, radii

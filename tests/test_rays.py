@@ -13,7 +13,7 @@ from nerfstudio.model_components.ray_samplers import PDFSampler, SpacedSampler
 from torch import Tensor
 
 from infnerf_ns.kernels.frames import affine
-from infnerf_ns.kernels.rays import cone_samples, distances, render_weights, resample
+from infnerf_ns.kernels.rays import IntervalFloor, cone_samples, distances, render_weights, resample
 from infnerf_ns.sampler import Intervals, LoDSampler, SamplerConfig
 
 RAYS, SAMPLES, BEND = 300, 24, 4.0
@@ -116,18 +116,27 @@ def _edges(samples: RaySamples) -> Tensor:
     return torch.cat([samples.frustums.starts[..., 0], samples.frustums.ends[:, -1:, 0]], dim=1)
 
 
+@pytest.mark.parametrize("share", [None, 0.25])
 @pytest.mark.parametrize("of_interval", [True, False])
 @pytest.mark.parametrize("parallel", [True, False])
 @every_threads
-def test_samples_of_cones_are_the_reference(threads: int, parallel: bool, of_interval: bool) -> None:
+def test_samples_of_cones_are_the_reference(
+    threads: int, parallel: bool, of_interval: bool, share: float | None
+) -> None:
     numba.set_num_threads(threads)
     origins, directions = _random(RAYS, 3), torch.nn.functional.normalize(_random(RAYS, 3, seed=1) - 0.5, dim=1)
     edges, slope = _random(RAYS, SAMPLES + 1, seed=2).cumsum(1), _random(RAYS, seed=3)
     constant = _random(RAYS, seed=4) if parallel else None
-    fast = cone_samples(origins, directions, edges, slope, constant, of_interval)
+    floor = None if share is None else IntervalFloor(share, _random(RAYS, 3, seed=5), _random(RAYS, 3, seed=6))
+    fast = cone_samples(origins, directions, edges, slope, constant, of_interval, floor)
+    assert (
+        share is None
+        or of_interval
+        or bool((fast[1] > cone_samples(origins, directions, edges, slope, constant, False)[1]).any())
+    )
     assert not fast[0].requires_grad
     rays = [x.requires_grad_() for x in (origins, directions)]  # gradients ask for the torch form
-    reference = cone_samples(*rays, edges, slope, constant, of_interval)
+    reference = cone_samples(*rays, edges, slope, constant, of_interval, floor)
     assert reference[0].requires_grad
     for name, got, expected in zip(("positions", "radii"), fast, reference):
         assert torch.allclose(got, expected, rtol=1e-5, atol=1e-6), name

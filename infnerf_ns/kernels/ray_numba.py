@@ -60,8 +60,10 @@ def resample(bins, weights, exponent, padding, offset, s_near, s_far, bend, new_
 
 
 @nb.njit(parallel=True, cache=True, fastmath=KEEPS_NAN, error_model="numpy", boundscheck=False)
-def cone_samples(origins, directions, edges, slope, constant, of_interval, positions, radii):
-    """Writes positions [R, S, 3] and radii [R, S]; constant [R], or [0]: the radius is slope [R] times the distance."""
+def cone_samples(origins, directions, edges, slope, constant, of_interval, share, start, way, positions, radii):
+    """Writes positions [R, S, 3] and radii [R, S]; constant [R], or [0]: the radius is slope [R] times the distance.
+    start, way [R, 3], or [0, 3]: of the rays in the frame of share (IntervalFloor)."""
+    half, one, two = np.float32(share / 2), np.float32(1), np.float32(2)
     for r in nb.prange(len(edges)):
         for i in range(edges.shape[1] - 1):
             middle = (edges[r, i] + edges[r, i + 1]) / np.float32(2)
@@ -70,6 +72,11 @@ def cone_samples(origins, directions, edges, slope, constant, of_interval, posit
             radius = constant[r] if len(constant) else middle * slope[r]
             if of_interval:
                 radius = max(radius, (edges[r, i + 1] - edges[r, i]) / np.float32(2))
+            if len(start):
+                norm = one
+                for axis in range(3):
+                    norm = max(norm, abs(start[r, axis] + way[r, axis] * middle))
+                radius = max(radius, half * (edges[r, i + 1] - edges[r, i]) / (two * norm - one))
             radii[r, i] = radius
 
 

@@ -8,6 +8,8 @@ runs on CUDA and where rays carry gradients (pose refinement).
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import numpy as np
 import torch
 from jaxtyping import Float
@@ -84,6 +86,18 @@ def resample(
     return new_bins, distances(new_bins, s_near, s_far, bend)
 
 
+class IntervalFloor(NamedTuple):
+    """Least footprints of samples: a share of half their interval's length. Footprints are taken for lengths across the
+    ray. Outside the root cube a length along it is contracted more, at norm n by 1 / n^2 against (2 - 1/n) / n (the
+    L-inf contraction), so there it counts 2n - 1 times less."""
+
+    share: float
+    origins: Float[Tensor, "R 3"]
+    """of the rays, in the frame in which the root cube is [-1, 1]^3"""
+    directions: Float[Tensor, "R 3"]
+    """in that frame, per scene unit"""
+
+
 def cone_samples(
     origins: Float[Tensor, "R 3"],
     directions: Float[Tensor, "R 3"],
@@ -91,6 +105,7 @@ def cone_samples(
     slope: Float[Tensor, "R"],
     constant: Float[Tensor, "R"] | None,
     of_interval: bool,
+    floor: IntervalFloor | None = None,
 ) -> tuple[Float[Tensor, "R S 3"], Float[Tensor, "R S"]]:
     """Middles of the intervals and footprints there.
 
@@ -100,15 +115,17 @@ def cone_samples(
         slope: radius of the pixels' cones per distance.
         constant: radius of parallel rays instead.
         of_interval: the footprint is at least half the interval's length.
+        floor: the footprint is at least that.
     """
     needs_gradient = torch.is_grad_enabled() and (origins.requires_grad or directions.requires_grad)
     if not needs_gradient and on_cpu(origins, directions, edges, slope, constant):
         rays, samples = len(edges), edges.shape[1] - 1
         positions, radii = torch.empty(rays, samples, 3), torch.empty(rays, samples)
         fixed = np.empty(0, np.float32) if constant is None else flat(constant)
+        share, *frame = floor or (0.0, torch.empty(0, 3), torch.empty(0, 3))
         with numba_lock:
             ray_numba.cone_samples(
-                flat(origins), flat(directions), flat(edges), flat(slope), fixed, of_interval,
+                flat(origins), flat(directions), flat(edges), flat(slope), fixed, of_interval, share, *map(flat, frame),
                 positions.numpy(), radii.numpy(),
             )  # fmt: skip
         return positions, radii
@@ -117,6 +134,10 @@ def cone_samples(
     radii = middle * slope[:, None] if constant is None else constant[:, None].expand_as(middle)
     if of_interval:
         radii = torch.maximum(radii, edges.diff(dim=1) / 2)
+    if floor is not None:
+        place = floor.origins[:, None] + floor.directions[:, None] * middle[..., None]
+        norm = place.abs().amax(dim=-1).clamp(min=1.0)
+        radii = torch.maximum(radii, floor.share / 2 * edges.diff(dim=1) / (2 * norm - 1))
     return positions, radii
 
 
