@@ -16,7 +16,7 @@ from nerfstudio.cameras.cameras import CameraType
 from nerfstudio.viewer.utils import CameraState
 from test_wireframe import read_gltf
 from tiny_capture import look_at_origin
-from tiny_model import DEPTH, scrambled, tiny_camera, tiny_model, tiny_scene
+from tiny_model import CONE_ALONE, DEPTH, scrambled, tiny_camera, tiny_config, tiny_model, tiny_scene
 from tiny_packed import TinyPacked, tiny_packed
 
 from infnerf_ns.model import InfNeRFModel
@@ -98,7 +98,7 @@ def server(monkeypatch: pytest.MonkeyPatch) -> Iterator[viser.ViserServer]:
 
 @pytest.fixture
 def page(server: viser.ViserServer) -> Page:
-    return Page(scrambled(tiny_model(active=1)).eval(), server)
+    return Page(scrambled(tiny_model(tiny_config(sampler=CONE_ALONE), active=1)).eval(), server)
 
 
 @pytest.fixture(scope="module")
