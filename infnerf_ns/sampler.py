@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from infnerf_ns.footprint import cone_radius
 from infnerf_ns.kernels import rays as ray_kernels
+from infnerf_ns.kernels.frames import affine
 from infnerf_ns.octree import RootCube
 from infnerf_ns.validation import Range
 
@@ -235,8 +236,10 @@ def sample_geometry(
     floor = None
     if interval_share and cube is not None:
         with torch.no_grad():
-            start, way = 2 * cube.to_unit(rays.origins) - 1, rays.directions @ cube.rotation.to(rays.directions).T
-            floor = ray_kernels.IntervalFloor(interval_share, start, way * (2 / cube.side))
+            matrix = cube.rotation.to(rays.directions).T * (2 / cube.side)
+            start = affine(rays.origins, cube.center.to(rays.origins), matrix, 0.0)
+            way = affine(rays.directions, torch.zeros_like(rays.directions[0]), matrix, 0.0)
+            floor = ray_kernels.IntervalFloor(interval_share, start, way)
     positions, radii = ray_kernels.cone_samples(
         rays.origins,
         rays.directions,
