@@ -362,7 +362,7 @@ def answers(trained: Trained, packed: Path) -> dict[str, Finished]:
     place = trained.workplace
     return run_all(
         {
-            name: ["infnerf-inspect", run, "--photo", 0, "--plot", place.folder / f"{name}.png", *more]
+            name: ["infnerf-inspect", run, "--photo", 8, "--plot", place.folder / f"{name}.png", *more]
             for name, run, more in (("inspect", trained.folder, []), ("inspect_packed", packed, ["--verify"]))
         },
         place.logs,
@@ -374,7 +374,7 @@ def test_a_trained_run_and_its_packed_one_use_the_same(
     answers: dict[str, Finished], trained: Trained, packed: Path
 ) -> None:
     plain, streamed = (answers[name].succeeded().out for name in ("inspect", "inspect_packed"))
-    title = "held-out photo 0, 64 x 48 pixels"
+    title = "held-out photo 8, 64 x 48 pixels"
     rows = table(plain, title)
     assert rows == table(streamed, title)
     shares = [number(row["share of picture"]) for level, row in rows.items() if level != "total"]
