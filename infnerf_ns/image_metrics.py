@@ -19,7 +19,7 @@ def psnr(predicted: Float[Tensor, "*bs 3"], target: Float[Tensor, "*bs 3"]) -> f
 
 
 @lru_cache(maxsize=1)
-def _lpips() -> Any | None:
+def lpips_network() -> Any | None:
     """torchmetrics' LPIPS, or None where its AlexNet weights are not on this machine (they are never downloaded
     silently)."""
     from torch.hub import get_dir
@@ -55,6 +55,6 @@ def image_metrics(
     pair = [image.permute(2, 0, 1)[None] for image in (predicted, target)]
     if min(predicted.shape[:2]) >= 11:
         metrics["ssim"] = float(structural_similarity_index_measure(*pair, data_range=1.0))
-    if min(predicted.shape[:2]) >= 64 and (network := _lpips()) is not None:
+    if min(predicted.shape[:2]) >= 64 and (network := lpips_network()) is not None:
         metrics["lpips"] = float(network.to(predicted.device)(*pair))
     return metrics

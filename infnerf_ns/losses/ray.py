@@ -23,3 +23,14 @@ def distortion(weights: Float[Tensor, "R S"], edges: Float[Tensor, "R S1"]) -> F
     before_middle = torch.cumsum(weights * middle, dim=1) - weights * middle
     between = 2 * (weights * (middle * before - before_middle)).sum(dim=1)
     return (between + (weights.square() * length).sum(dim=1) / 3).mean()
+
+
+def sparsity(density: Float[Tensor, "M"], gsd: Float[Tensor, "M"] | float) -> Float[Tensor, ""]:
+    """Sparsity loss ``log(1 + 2 sigma**2)`` of SNeRG (Hedman et al. 2021; a Cauchy prior), mean over samples.
+
+    Args:
+        density: of samples, per scene unit.
+        gsd: ground sampling distance of each sample's node, scene units: density counts per that length, so that the
+            strength depends neither on the scene's scale nor on the level.
+    """
+    return torch.log1p(2 * (density * gsd).square()).mean()
