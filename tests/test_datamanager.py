@@ -153,6 +153,22 @@ def test_patches(tmp_path: Path) -> None:
     rays, batch = make_config(tmp_path, patch_size=8).setup().next_train(0)
     assert len(rays) == 256
     assert (batch["pyramid_level"].reshape(4, 64).diff(dim=1) == 0).all()
+    assert batch["patch_rays"] == 256
+
+
+def test_patches_and_single_pixels(tmp_path: Path) -> None:
+    write_capture(tmp_path)
+    manager = make_config(tmp_path, patch_size=8, patch_share=0.5).setup()
+    for rays, batch in (manager.next_train(0), manager.next_eval(0)):
+        assert isinstance(batch["patch_rays"], int) and batch["patch_size"] == 8
+        assert batch["patch_rays"] == {256: 128, 64: 64}[len(rays)]  # half of 64 rays is less than a patch
+        patches = batch["indices"][: batch["patch_rays"]].reshape(-1, 8, 8, 3)
+        level = batch["pyramid_level"][: batch["patch_rays"]].reshape(-1, 64)
+        row, column = torch.meshgrid(torch.arange(8), torch.arange(8), indexing="ij")
+        expected = torch.stack([torch.zeros_like(row), row, column], dim=-1)
+        assert torch.equal(patches - patches[:, :1, :1], expected.expand_as(patches))
+        assert (level == level[:, :1]).all()
+    assert make_config(tmp_path).setup().next_train(0)[1]["patch_rays"] == 0
 
 
 def test_scaled_photos(tmp_path: Path) -> None:
@@ -354,11 +370,13 @@ def test_photos_that_do_not_fit_into_memory(tmp_path: Path, monkeypatch: pytest.
         make_config(tmp_path).setup()
 
 
-def test_nerfstudio_pipeline_trains_on_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("patch_size", [1, 8])
+def test_nerfstudio_pipeline_trains_on_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, patch_size: int) -> None:
     write_capture(tmp_path)
     monkeypatch.setattr(torchmetrics.image.lpip, "LearnedPerceptualImagePatchSimilarity", lambda **_: None)  # downloads
     config = VanillaPipelineConfig(
-        datamanager=make_config(tmp_path), model=VanillaModelConfig(num_coarse_samples=4, num_importance_samples=4)
+        datamanager=make_config(tmp_path, patch_size=patch_size, patch_share=0.5),
+        model=VanillaModelConfig(num_coarse_samples=4, num_importance_samples=4),
     )
     pipeline = config.setup(device="cpu", test_mode="val")
     _, losses, _ = pipeline.get_train_loss_dict(0)

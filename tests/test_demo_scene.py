@@ -15,7 +15,7 @@ from infnerf_ns.data.demo_dataparser import (
     InfNeRFDemoDataParserConfig,
     demo_dataparser_spec,
 )
-from infnerf_ns.data.demo_scene import DemoSceneOptions, cache, load_or_generate
+from infnerf_ns.data.demo_scene import DemoSceneOptions, cache, load_or_generate, load_or_generate_depths
 from infnerf_ns.data.demo_scene.facade import brick_wall
 from infnerf_ns.data.demo_scene.flight import CLEARANCE, is_free, natural_count, plan_flight
 from infnerf_ns.data.demo_scene.photographer import Lens, Photographer
@@ -223,6 +223,45 @@ def test_point_metadata_counts_training_photos_only(cache_dir, scene):
     assert footprint[k].item() == pytest.approx(min(sizes), rel=1e-4)
     assert 0 < meta["points3D_depth_percentile"] * METRES_PER_UNIT < 4
     assert small_config(cache_dir, load_3D_points=False).setup().get_dataparser_outputs("train").metadata == {}
+
+
+def test_depth_images_are_those_of_the_surface(cache_dir, scene, rays):
+    """At the depth of the middle pixels, and nowhere nearer, nerfstudio's rays meet the town."""
+    assert not (scene.photos[0].parent / "depth").exists()
+    outputs = small_config(cache_dir, depth=True, load_3D_points=False).setup().get_dataparser_outputs("train")
+    files = outputs.metadata["depth_filenames"]
+    assert [file.stem for file in files] == [photo.stem for photo in outputs.image_filenames]
+    unit = outputs.metadata["depth_unit_scale_factor"] * outputs.dataparser_scale
+    for photo in (0, 4, 8):
+        depth = torch.from_numpy(np.load(files[photo]).astype(np.float32))
+        assert depth.shape == (30, 40)
+        bundle = outputs.cameras.generate_rays(camera_indices=photo)
+        distance = depth * unit * bundle.metadata["directions_norm"][..., 0]
+        _, metres = rays.cast(
+            bundle.origins.reshape(-1, 3).numpy() * np.float32(METRES_PER_UNIT),
+            bundle.directions.reshape(-1, 3).numpy(),
+        )
+        expected = np.where(np.isfinite(metres), metres / METRES_PER_UNIT, 0).reshape(30, 40)
+        # Rays differ in the last bit, which at an edge is another surface.
+        assert (np.abs(distance.numpy() - expected) <= 1e-3 * expected).mean() > 0.99
+    assert (np.load(files[0]) == 0).mean() < 0.9
+
+
+def test_depth_images_are_made_once_and_leave_the_photos_alone(cache_dir, scene, monkeypatch, capsys):
+    before, stamps = contents(scene), [photo.stat().st_mtime_ns for photo in scene.photos]
+    files = load_or_generate_depths(scene)
+    stamp = files[3].stat().st_mtime_ns
+    assert load_or_generate_depths(load_or_generate(SMALL, cache_dir))[3].stat().st_mtime_ns == stamp
+    good = files[3].read_bytes()
+    files[3].write_bytes(good[:-1])
+    assert load_or_generate_depths(scene)[3].read_bytes() == good
+    assert "damaged" in capsys.readouterr().out
+    monkeypatch.setattr(Photographer, "depth", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+    files[0].unlink()
+    with pytest.raises(KeyboardInterrupt):
+        load_or_generate_depths(scene)
+    assert contents(scene) == before and [photo.stat().st_mtime_ns for photo in scene.photos] == stamps
+    assert sorted(p.name for p in scene.photos[0].parent.iterdir() if p.is_dir()) == ["depth"]
 
 
 @pytest.mark.parametrize("damage", ["truncate photo", "remove photo", "garbage record", "flip bit"])

@@ -147,6 +147,42 @@ def test_patches_lie_within_one_level(masks: bool) -> None:
         assert pyramid.valid[pyramid.start[draw.segment] + draw.local].all()
 
 
+@pytest.mark.parametrize("photos", [0, 2])
+@pytest.mark.parametrize(("share", "patches"), [(0.5, 5), (0.34, 3), (0.01, 1), (0.0, 0), (0.99, 10), (1.0, 10)])
+def test_patches_come_first_and_have_their_share(share: float, patches: int, photos: int) -> None:
+    """Of 370 pixels, ten patches of 36 at most; with share 1 what is left over is not drawn."""
+    pyramid = make_pyramid([(32, 40)] * 4, masks=True)
+    draw = pyramid.draw(370, patch_size=6, photos=photos, patch_share=share)
+    assert draw.patch_rays == patches * 36 and len(draw.photo) == (360 if share == 1 else 370)
+    segment, row, column = (value[: patches * 36].reshape(-1, 6, 6) for value in (draw.segment, draw.row, draw.column))
+    assert (segment == segment[:, :1, :1]).all()
+    assert (row - row[:, :1, :1] == torch.arange(6)[:, None]).all()
+    assert (column - column[:, :1, :1] == torch.arange(6)).all()
+    assert pyramid.valid[pyramid.start[draw.segment] + draw.local].all()
+    assert torch.equal(pyramid.pixels[pyramid.start[draw.segment] + draw.local], draw.image)
+    if share < 0.9:  # single pixels, not patches
+        assert (draw.row[patches * 36 :].diff() == 0).float().mean() < 0.5
+    if photos:  # patches and single pixels come from the same neighbours
+        assert set(draw.photo.tolist()) in [{first, (first + 1) % 4} for first in range(4)]
+
+
+def test_without_patches_there_are_no_patch_rays() -> None:
+    assert make_pyramid([(32, 40)]).draw(50).patch_rays == 0
+    draw = make_pyramid([(32, 40)]).draw(50, patch_size=8, patch_share=0.5)
+    assert draw.patch_rays == 64 == len(draw.photo), "one patch, though it is larger than what was asked for"
+
+
+def test_level_share_holds_for_single_patches() -> None:
+    """Regression: 0.4 of one patch was rounded to none, so that patches never came from the coarse levels."""
+    pyramid = PixelPyramid([(64, 64)], 3, 2, level_share=0.4)
+    generator = torch.Generator().manual_seed(0)
+    levels = torch.tensor([int(pyramid.draw(16, 4, generator).level[0]) for _ in range(2000)])
+    share, corners = 0.4, torch.tensor([61.0**2, 29.0**2])  # places where a patch fits, at the two levels
+    places = corners / torch.tensor([64.0**2, 32.0**2])
+    expected = share * places[1] / places.sum() + (1 - share) * corners[1] / corners.sum()
+    assert abs(float((levels == 1).float().mean()) - float(expected)) < 0.04
+
+
 def test_no_room_for_a_patch_is_an_error() -> None:
     with pytest.raises(ValueError, match="no 50 x 50 patch"):
         make_pyramid([(32, 40)]).draw(2500, patch_size=50)

@@ -38,7 +38,8 @@ def check_config(config: DataParserConfig) -> None:
     """Checks the files that a dataparser is going to read.
 
     Raises:
-        InputError: ``transforms.json`` is missing, is not JSON, lists no photos, or holds a pose that is no pose.
+        InputError: ``transforms.json`` is missing, is not JSON, lists no photos, holds a pose that is no pose, or has
+            depth images for some of the photos only.
     """
     path = transforms_file(config)
     if path is None:
@@ -61,6 +62,12 @@ def check_config(config: DataParserConfig) -> None:
         raise InputError(f"{path} lists {len(frames)} photo and training needs at least {MIN_TRAIN_PHOTOS}: add photos")
     for index, frame in enumerate(frames):
         _check_frame(frame, index, path)
+    without = [frame["file_path"] for frame in frames if "depth_file_path" not in frame]
+    if 0 < len(without) < len(frames):
+        raise InputError(
+            f"{path}: {len(without)} of {len(frames)} photos have no 'depth_file_path', the first is {without[0]}: "
+            "give every photo a depth image, or none"
+        )
 
 
 def _check_frame(frame: Any, index: int, path: Path) -> None:
@@ -196,5 +203,5 @@ def _image_size(path: Path, kind: str) -> tuple[int, int]:
 
 
 def unreadable(path: Path, kind: str, error: Exception) -> InputError:
-    """The line for a photo or mask that cannot be decoded."""
+    """The line for a photo, mask or depth image that cannot be decoded."""
     return InputError(f"{kind} {path} cannot be read ({error}): replace the file or take it out of the capture")

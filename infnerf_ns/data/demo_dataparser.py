@@ -19,7 +19,7 @@ from nerfstudio.data.dataparsers.base_dataparser import DataParser, DataParserCo
 from nerfstudio.data.scene_box import SceneBox
 from nerfstudio.plugins.registry_dataparser import DataParserSpecification
 
-from infnerf_ns.data.demo_scene import DemoScene, DemoSceneOptions, load_or_generate
+from infnerf_ns.data.demo_scene import DemoScene, DemoSceneOptions, load_or_generate, load_or_generate_depths
 from infnerf_ns.data.demo_scene.town import BLOCK
 from infnerf_ns.errors import InputError
 from infnerf_ns.footprint import point_footprint
@@ -60,6 +60,8 @@ class InfNeRFDemoDataParserConfig(DataParserConfig):
     """Every so manieth photo is held out for evaluation."""
     load_3D_points: bool = True
     """Hand over the surface points that the training photos see, as structure from motion would find them."""
+    depth: bool = False
+    """Make exact depth images beside the photos, for --pipeline.datamanager.use-depth."""
 
 
 @dataclass
@@ -81,10 +83,13 @@ class InfNeRFDemoDataParser(DataParser):
         )
         cache_dir = config.cache_dir or Path(appdirs.user_cache_dir("infnerf_ns")) / "demo"
         scene = load_or_generate(options, Path(cache_dir))
-        return scene_outputs(scene, split, config.eval_interval, points=config.load_3D_points)
+        depths = load_or_generate_depths(scene) if config.depth else None
+        return scene_outputs(scene, split, config.eval_interval, points=config.load_3D_points, depths=depths)
 
 
-def scene_outputs(scene: DemoScene, split: str, eval_interval: int, points: bool = True) -> DataparserOutputs:
+def scene_outputs(
+    scene: DemoScene, split: str, eval_interval: int, points: bool = True, depths: list[Path] | None = None
+) -> DataparserOutputs:
     """A split of a town in scene units: cameras, photos (where the scene has any) and surface points.
 
     Args:
@@ -92,6 +97,7 @@ def scene_outputs(scene: DemoScene, split: str, eval_interval: int, points: bool
         split: ``train``; anything else gives the held-out photos.
         eval_interval: every so manieth photo is held out.
         points: hand over the points that the training photos see.
+        depths: the depth image of every photo, metres along its viewing axis.
     """
     is_train = np.arange(len(scene.poses)) % eval_interval != eval_interval // 2
     chosen = np.nonzero(is_train if split == "train" else ~is_train)[0]
@@ -108,13 +114,16 @@ def scene_outputs(scene: DemoScene, split: str, eval_interval: int, points: bool
         height=lens.height,
         camera_type=CameraType.PERSPECTIVE,
     )
+    metadata = _point_metadata(scene, is_train) if points else {}
+    if depths is not None:
+        metadata |= {"depth_filenames": [depths[i] for i in chosen], "depth_unit_scale_factor": 1.0}
     half = (scene.options.size * BLOCK / 2 + 10) / METRES_PER_UNIT
     return DataparserOutputs(
         image_filenames=[scene.photos[i] for i in chosen] if scene.photos else [],
         cameras=cameras,
         scene_box=SceneBox(aabb=torch.tensor([[-half, -half, -half], [half, half, half]], dtype=torch.float32)),
         dataparser_scale=1 / METRES_PER_UNIT,
-        metadata=_point_metadata(scene, is_train) if points else {},
+        metadata=metadata,
     )
 
 

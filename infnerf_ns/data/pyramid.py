@@ -23,6 +23,8 @@ from jaxtyping import Bool, Float, Int, UInt8
 from numpy.typing import NDArray
 from torch import Tensor
 
+from infnerf_ns.data.depth import DepthPixels
+
 MIN_SIDE = 8
 """A level has at least this many pixels along the shorter side."""
 _MAX_ROUNDS = 100
@@ -108,6 +110,10 @@ class PixelDraw:
     local: Int[Tensor, "r"]
     """row * width + column"""
     image: UInt8[Tensor, "r c"]
+    depth: Float[Tensor, "r"] | None
+    """as it was put in, 0 = not known; None without depth images"""
+    patch_rays: int
+    """the first so many pixels are patches, one after the other and each row by row"""
 
 
 class PixelPyramid:
@@ -122,6 +128,7 @@ class PixelPyramid:
         masked: whether photos come with masks.
         level_share: share of the draws in which every level has the same chance, instead of every pixel of all levels.
         order: the photos in the order in which they stand in the buffer; as given if None.
+        with_depth: whether photos come with depth images.
     """
 
     def __init__(
@@ -132,6 +139,7 @@ class PixelPyramid:
         masked: bool = False,
         level_share: float = 0.0,
         order: list[int] | None = None,
+        with_depth: bool = False,
     ) -> None:
         self.level_share = level_share
         order = list(range(len(sizes))) if order is None else order
@@ -149,18 +157,26 @@ class PixelPyramid:
         self.num_pixels = int(ends[-1])
         self.pixels = torch.empty((self.num_pixels, channels), dtype=torch.uint8)
         self.valid: Bool[Tensor, "p"] | None = torch.ones(self.num_pixels, dtype=torch.bool) if masked else None
+        self.depth = DepthPixels(self.num_pixels, len(sizes)) if with_depth else None
         first = torch.tensor([0, *levels]).cumsum(0)
         self._first = first
         """first segment of each photo, in the order of the buffer, and one past the last"""
         self._segments_of = {photo: range(*first[i : i + 2].tolist()) for i, photo in enumerate(order)}
 
-    def set_photo(self, photo: int, image: NDArray[np.uint8], mask: NDArray[np.bool_] | None = None) -> None:
+    def set_photo(
+        self,
+        photo: int,
+        image: NDArray[np.uint8],
+        mask: NDArray[np.bool_] | None = None,
+        depth: NDArray[np.float32] | None = None,
+    ) -> None:
         """Fills all levels of one photo.
 
         Args:
             photo: index of the photo.
             image: ``[H, W, C]`` uint8 with the announced size.
             mask: ``[H, W]``, true = valid; only where the pyramid was made with ``masked``.
+            depth: ``[H, W]``, 0 = not known; only where the pyramid was made ``with_depth``.
         """
         for segment in self._segments_of[photo]:
             level, start = int(self.level[segment]), int(self.start[segment])
@@ -169,6 +185,9 @@ class PixelPyramid:
             if mask is not None:
                 assert self.valid is not None, "the pyramid was made without masks"
                 self.valid[start:end] = torch.from_numpy(downsample_mask(mask, level)).reshape(-1)
+        if depth is not None:
+            assert self.depth is not None, "the pyramid was made without depth"
+            self.depth.set_photo(photo, depth, [int(self.start[segment]) for segment in self._segments_of[photo]])
 
     @cached_property
     def level_cdf(self) -> Float[Tensor, "s"]:
@@ -197,7 +216,7 @@ class PixelPyramid:
 
     def to(self, device: torch.device | str) -> PixelPyramid:
         """Moves the buffers; pixels are then drawn on that device."""
-        for name in ("photo", "level", "height", "width", "start", "pixels", "valid"):
+        for name in ("photo", "level", "height", "width", "start", "pixels", "valid", "depth"):
             value = getattr(self, name)
             setattr(self, name, None if value is None else value.to(device))
         for name in ("level_cdf", "_few_valid"):
@@ -205,39 +224,64 @@ class PixelPyramid:
         return self
 
     def draw(
-        self, num_rays: int, patch_size: int = 1, generator: torch.Generator | None = None, photos: int = 0
+        self,
+        num_rays: int,
+        patch_size: int = 1,
+        generator: torch.Generator | None = None,
+        photos: int = 0,
+        patch_share: float = 1.0,
     ) -> PixelDraw:
         """Draws uniformly over the valid pixels of all levels (or partly over the levels: ``level_share``); the same
         seed draws the same pixels.
 
         Args:
-            num_rays: R; with patches, rounded down to whole patches.
-            patch_size: side of the square patches. A patch lies within one level and holds no masked pixel, and its
-                pixels follow each other row by row.
+            num_rays: R; where all are in patches, rounded down to whole patches, but one at least.
+            patch_size: side of the square patches, 1 for none. A patch lies within one level and holds no masked pixel,
+                and its pixels follow each other row by row.
             generator: source of randomness, on the device of the pyramid; the global one if None.
             photos: all pixels of a draw come from so many photos that follow each other in the buffer; 0: from all.
                 Photos of the same size have the same chance.
+            patch_share: share of the pixels that are drawn in patches, which come first; to the nearest whole number of
+                patches, one at least unless the share is 0. The others are drawn singly.
 
         Raises:
             ValueError: no valid pixel (or patch) was found.
         """
-        count, everything = max(1, num_rays // patch_size**2), _Window(0, self.num_pixels, 0.0, 1.0)
+        patches = _num_patches(num_rays, patch_size, patch_share)
+        patch_rays = patches * patch_size**2
+        singles = 0 if patches and patch_share == 1 else max(0, num_rays - patch_rays)
+        window = _Window(0, self.num_pixels, 0.0, 1.0)
         if 0 < photos < len(self._first) - 1:
-            middle = self._accepted(self._uniform, 1, patch_size, generator, everything)
-            flat = self._draw_corners(count, patch_size, generator, self._window(middle, photos))
-        else:
-            flat = self._draw_corners(count, patch_size, generator, everything)
-        if patch_size > 1:
-            steps = torch.arange(patch_size, device=flat.device)
-            width = self.width[self._segment(flat)]
-            flat = (flat[:, None, None] + steps[:, None] * width[:, None, None] + steps).reshape(-1)
+            middle = self._accepted(self._uniform, 1, patch_size if patches else 1, generator, window)
+            window = self._window(middle, photos)
+        parts = []
+        if patches:
+            parts.append(self._patch_pixels(self._draw_corners(patches, patch_size, generator, window), patch_size))
+        if singles:
+            parts.append(self._draw_corners(singles, 1, generator, window))
+        flat = torch.cat(parts)
         segment = self._segment(flat)
         local = flat - self.start[segment]
         width = self.width[segment]
         row = torch.div(local, width, rounding_mode="floor")
+        photo = self.photo[segment]
         return PixelDraw(
-            self.photo[segment], self.level[segment], row, local - row * width, segment, local, self.pixels[flat]
+            photo=photo,
+            level=self.level[segment],
+            row=row,
+            column=local - row * width,
+            segment=segment,
+            local=local,
+            image=self.pixels[flat],
+            depth=None if self.depth is None else self.depth.at(flat, photo),
+            patch_rays=patch_rays,
         )
+
+    def _patch_pixels(self, corners: Int[Tensor, "n"], patch_size: int) -> Int[Tensor, "r"]:
+        """The pixels of patches, row by row, from their upper left ones."""
+        steps = torch.arange(patch_size, device=corners.device)
+        width = self.width[self._segment(corners)]
+        return (corners[:, None, None] + steps[:, None] * width[:, None, None] + steps).reshape(-1)
 
     def _segment(self, flat: Int[Tensor, "r"]) -> Int[Tensor, "r"]:
         return torch.searchsorted(self.start, flat, right=True) - 1
@@ -256,7 +300,10 @@ class PixelPyramid:
         self, count: int, patch_size: int, generator: torch.Generator | None, window: _Window
     ) -> Int[Tensor, "n"]:
         """Flat indices of pixels (upper left pixels of patches) that are valid."""
-        by_level = round(self.level_share * count)
+        share = self.level_share * count
+        by_level = round(share)
+        if patch_size > 1 and share % 1:  # patches are few: rounded, the share could be none or all of them every time
+            by_level = int(share + float(torch.rand((), generator=generator, device=self.start.device)))
         parts = [(self._uniform, count - by_level), (self._uniform_over_levels, by_level)]
         return torch.cat(
             [self._accepted(draw, number, patch_size, generator, window) for draw, number in parts if number]
@@ -317,6 +364,14 @@ class PixelPyramid:
             inside = flat[:, None, None] + steps[:, None] * width[:, None, None] + steps
             fits &= self.valid[inside.clamp(max=self.num_pixels - 1)].all(dim=-1).all(dim=-1)
         return fits
+
+
+def _num_patches(num_rays: int, patch_size: int, patch_share: float) -> int:
+    """Whole patches among the rays; 0 where there are single pixels only."""
+    if patch_size == 1 or patch_share == 0:
+        return 0
+    most = max(1, num_rays // patch_size**2)
+    return min(most, max(1, round(patch_share * num_rays / patch_size**2)))
 
 
 def level_mean(image: Float[Tensor, "h w c"], level: int) -> Float[Tensor, "h2 w2 c"]:

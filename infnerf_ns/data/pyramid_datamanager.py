@@ -31,6 +31,7 @@ from nerfstudio.utils.rich_utils import CONSOLE
 from torch import Tensor
 
 from infnerf_ns.data import checks
+from infnerf_ns.data.depth import check_depth
 from infnerf_ns.data.photo_order import neighbour_order
 from infnerf_ns.data.point_files import IMPLIED_TRANSFORM, colmap_tracks, ply_points
 from infnerf_ns.data.pyramid import PixelPyramid, downsample_mask, level_mean, num_levels
@@ -64,6 +65,13 @@ class PyramidDataManagerConfig(VanillaDataManagerConfig):
     """Rays of an evaluation batch."""
     patch_size: Annotated[int, Range(1, 1024)] = 1
     """Side of the square patches that rays are drawn in; 1: single pixels."""
+    patch_share: Annotated[float, Range(0.0, 1.0)] = 1.0
+    """Share of the rays that are drawn in patches (at least one) where patch_size is above 1; the others are single
+    pixels."""
+    use_depth: bool = False
+    """Load the depth images of the capture, for losses on depth."""
+    is_euclidean_depth: bool = False
+    """The depth images hold distances from the camera. False: depths along its viewing axis, nerfstudio's usual."""
     camera_res_scale_factor: Annotated[float, Range(1e-3, 16.0)] = 1.0
     """Size of the photos, relative: 0.5 trains on half-size photos."""
 
@@ -76,12 +84,13 @@ class _RaySource:
     rays: PyramidRays
     photos: int
     """that a batch comes from; 0: all"""
+    euclidean: bool
+    """whether the pyramid's depths are distances"""
 
-    def batch(self, num_rays: int, patch_size: int) -> tuple[RayBundle, dict[str, Tensor]]:
-        """R random rays and their batch: image [R, C] in 0..1, indices [R, 3] (photo, row, column), pyramid_level
-        [R]."""
+    def batch(self, num_rays: int, patch_size: int, patch_share: float) -> tuple[RayBundle, dict[str, Any]]:
+        """R random rays and their batch, as :meth:`PyramidDataManager.next_train` describes it."""
         try:
-            draw = self.pyramid.draw(num_rays, patch_size, photos=self.photos)
+            draw = self.pyramid.draw(num_rays, patch_size, photos=self.photos, patch_share=patch_share)
         except ValueError as error:
             raise InputError(f"{error}: check the masks, or lower --pipeline.datamanager.patch-size") from error
         device = self.rays.cameras.device
@@ -89,8 +98,14 @@ class _RaySource:
             "image": draw.image.to(device).float() / 255.0,
             "indices": torch.stack([draw.photo, draw.row, draw.column], dim=-1).to(device),
             "pyramid_level": draw.level.to(device),
+            "patch_rays": draw.patch_rays,
+            "patch_size": patch_size,
         }
-        return self.rays(draw), batch
+        rays = self.rays(draw)
+        if draw.depth is not None:
+            depth = draw.depth.to(device)
+            batch["depth"] = depth if self.euclidean else depth * rays.metadata["directions_norm"][:, 0]
+        return rays, batch
 
 
 class PyramidDataManager(VanillaDataManager):
@@ -98,7 +113,7 @@ class PyramidDataManager(VanillaDataManager):
 
     Args:
         config: all photos of a split are always in memory: ``*_num_images_to_sample_from`` and
-            ``*_num_times_to_repeat_images`` have no effect. With ``patch_size`` > 1 a batch consists of whole patches,
+            ``*_num_times_to_repeat_images`` have no effect. With ``patch_size`` > 1 a batch begins with whole patches,
             each within one photo and level.
         device: where the rays and batches go; with ``images_on_gpu`` the pixels are kept there, too.
         test_mode: ``val`` (training) loads all photos at once; ``test`` loads a split when its rays are first asked
@@ -139,6 +154,8 @@ class PyramidDataManager(VanillaDataManager):
 
         outputs = self._parse_train_split(points=test_mode == "val")
         checks.check_outputs(outputs, "train", photos=test_mode != "inference")
+        if self._with_depth:
+            check_depth(outputs, "train")
         scene = SfMScene.placeholder()
         if test_mode == "val":  # else the model loads a checkpoint, with the tree in it
             cameras = copy.deepcopy(outputs.cameras)
@@ -157,6 +174,10 @@ class PyramidDataManager(VanillaDataManager):
             dataset.cameras.metadata = dataset.cameras.metadata or {}  # ns-export cameras asserts that there are some
         self.exclude_batch_keys_from_device = self.train_dataset.exclude_batch_keys_from_device
         DataManager.__init__(self)  # calls setup_train and setup_eval
+
+    @property
+    def _with_depth(self) -> bool:
+        return self.config.use_depth and self.test_mode == "val"  # only a training has losses
 
     def _make_dataparser(self, config: DataParserConfig) -> DataParser:
         dataparser = config.setup()
@@ -225,6 +246,8 @@ class PyramidDataManager(VanillaDataManager):
         except Exception as error:
             raise checks.explain(error, self.config.dataparser) from error
         checks.check_outputs(outputs, self.test_split, photos=self.test_mode != "inference")
+        if self._with_depth:
+            check_depth(outputs, self.test_split)
         return self.dataset_type(dataparser_outputs=outputs, scale_factor=self.config.camera_res_scale_factor)
 
     def setup_train(self) -> None:
@@ -283,12 +306,14 @@ class PyramidDataManager(VanillaDataManager):
             level_share=level_share,
             crop_radius=self._crop_radius(dataset),
             order=neighbour_order(dataset.cameras) if photos else None,
+            with_depth=self._with_depth,
         )
         if not pyramid.any_valid():
             raise InputError(f"the masks hide every pixel of the {name} photos: in a mask 0 means ignore")
         if config.images_on_gpu:
             pyramid.to(self.device)
-        return _RaySource(pyramid, PyramidRays(dataset.cameras.to(self.device), pyramid, table_bytes), photos)
+        rays = PyramidRays(dataset.cameras.to(self.device), pyramid, table_bytes)
+        return _RaySource(pyramid, rays, photos, config.is_euclidean_depth)
 
     def _crop_radius(self, dataset: InputDataset) -> float | None:
         """Radius in pixels of the part of a fisheye photo that counts. nerfstudio's is one of the full-size photo, for
@@ -306,23 +331,32 @@ class PyramidDataManager(VanillaDataManager):
     def _eval_nears(self) -> Float[Tensor, "c"] | None:
         return None if self.near_planes is None else self.near_planes(self.eval_dataset.cameras).to(self.device)
 
-    def next_train(self, step: int) -> tuple[RayBundle, dict[str, Tensor]]:
+    def next_train(self, step: int) -> tuple[RayBundle, dict[str, Any]]:
         """R random rays of the train photos.
 
         Returns:
             rays [R] with the pixel area of their own level, the photo as camera index and its near plane; batch with
             ``image [R, 3 or 4]`` float32 in 0..1, ``indices [R, 3]`` (photo, row, column; the latter two within the
-            level) and ``pyramid_level [R]`` int64.
+            level), ``pyramid_level [R]`` int64, and the integers ``patch_rays`` and ``patch_size``: the first
+            ``patch_rays`` rays (0 without patches) are whole patches, one after the other and each row by row, so that
+            they reshape to ``[-1, patch_size, patch_size]``. With ``use_depth`` (in training) also ``depth [R]``
+            float32, the distance along the ray in scene units, 0 where it is not known.
         """
         self.train_count += 1
-        rays, batch = self._train_source.batch(self.get_train_rays_per_batch(), self.config.patch_size)
-        return _with_nears(rays, self._train_nears), batch
+        return self._batch(self._train_source, self.get_train_rays_per_batch(), self._train_nears)
 
-    def next_eval(self, step: int) -> tuple[RayBundle, dict[str, Tensor]]:
+    def next_eval(self, step: int) -> tuple[RayBundle, dict[str, Any]]:
         """R random rays of the held-out photos, as :meth:`next_train`."""
         self.eval_count += 1
-        rays, batch = self._eval_source.batch(self.get_eval_rays_per_batch(), self.config.patch_size)
-        return _with_nears(rays, self._eval_nears), batch
+        return self._batch(self._eval_source, self.get_eval_rays_per_batch(), self._eval_nears)
+
+    def _batch(
+        self, source: _RaySource, num_rays: int, nears: Float[Tensor, "c"] | None
+    ) -> tuple[RayBundle, dict[str, Any]]:
+        rays, batch = source.batch(num_rays, self.config.patch_size, self.config.patch_share)
+        if nears is not None:
+            rays.nears = nears[rays.camera_indices]
+        return rays, batch
 
     def next_eval_image(self, step: int) -> tuple[Cameras, dict[str, Any]]:
         """A random held-out photo at full size."""
@@ -352,12 +386,6 @@ class PyramidDataManager(VanillaDataManager):
             if mask is not None:
                 level_mask = torch.from_numpy(downsample_mask(mask[..., 0].bool().cpu().numpy(), level))[..., None]
             yield level, level_camera(camera, level, *level_image.shape[:2]), level_image, level_mask
-
-
-def _with_nears(rays: RayBundle, nears: Float[Tensor, "c"] | None) -> RayBundle:
-    if nears is not None:
-        rays.nears = nears[rays.camera_indices]
-    return rays
 
 
 def _with_points(config: DataParserConfig, points: bool) -> DataParserConfig:

@@ -1,4 +1,4 @@
-"""Photos of a dataset, decoded in threads into a pixel pyramid; or one line about what cannot be read or held."""
+"""Photos and depth images of a dataset, decoded in threads into a pyramid; or one line about what is wrong."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from nerfstudio.utils.rich_utils import CONSOLE
 from PIL import Image
 from rich.progress import track
 
-from infnerf_ns.data import checks
+from infnerf_ns.data import checks, depth
 from infnerf_ns.data.pyramid import PixelPyramid, num_levels
 from infnerf_ns.errors import InputError
 
@@ -27,6 +27,7 @@ def load_pyramid(
     level_share: float = 0.0,
     crop_radius: float | None = None,
     order: list[int] | None = None,
+    with_depth: bool = False,
 ) -> PixelPyramid:
     """Decodes all photos of a dataset, in threads, into a pyramid.
 
@@ -38,9 +39,11 @@ def load_pyramid(
         level_share: share of the draws in which every level has the same chance.
         crop_radius: pixels farther from the middle of a photo are masked.
         order: of the photos in the pyramid.
+        with_depth: read the depth images, too; the pyramid then has depths in scene units.
 
     Raises:
-        InputError: a photo or mask cannot be decoded, or the photos do not fit into memory.
+        InputError: a photo, mask or depth image cannot be decoded, no depth is known, or the photos do not fit into
+            memory.
     """
     outputs = dataset._dataparser_outputs
     headers = [_header(path) for path in dataset.image_filenames]
@@ -48,8 +51,9 @@ def load_pyramid(
     composited = outputs.alpha_color is not None
     channels = 3 if composited else max(3, max(bands for _, _, bands in headers))
     masked = (outputs.mask_filenames is not None and not ignore_masks) or crop_radius is not None
-    _check_memory(sizes, channels + masked, max_levels, name)
-    pyramid = PixelPyramid(sizes, channels, max_levels, masked, level_share, order)
+    _check_memory(sizes, channels + masked + with_depth * depth.BYTES_PER_PIXEL, max_levels, name)
+    pyramid = PixelPyramid(sizes, channels, max_levels, masked, level_share, order, with_depth)
+    depth_files, unit = depth.depth_files(outputs) if with_depth else [], depth.depth_unit(outputs)
     image_type = (
         "float32" if composited or dataset.mask_color else "uint8"
     )  # nerfstudio truncates composited uint8 colours
@@ -68,12 +72,18 @@ def load_pyramid(
         if crop_radius is not None:
             circle = circle_mask(image.shape[0], image.shape[1], crop_radius)
             mask = circle if mask is None else mask & circle
-        pyramid.set_photo(index, image, mask)
+        depths = depth.read_depth(depth_files[index], *sizes[index]) * np.float32(unit) if with_depth else None
+        pyramid.set_photo(index, image, mask, depths)
 
     with ThreadPoolExecutor(max_workers=min(8, os.cpu_count() or 1)) as threads:
         done = threads.map(load, range(len(dataset)))
         for _ in track(done, f"Loading {len(dataset)} {name} photos", len(dataset), console=CONSOLE, transient=True):
             pass
+    if pyramid.depth is not None and not pyramid.depth.any_known():
+        raise InputError(
+            f"the depth images of the {name} photos ({depth_files[0]} ...) hold no depth, only 0, NaN or infinity: "
+            "correct them, or train without depth losses"
+        )
     return pyramid
 
 

@@ -11,8 +11,10 @@ Lengths are metres, z is up, the middle of the town is the origin. Nothing here 
 - ``points``: surface points and which photos see them
 - ``survey``: all that there is before the first photo is taken
 - ``cache``: all of it on disk, written atomically
+- ``depths``: on demand, depth images beside the photos
 """
 
 from infnerf_ns.data.demo_scene.cache import DemoScene, DemoSceneOptions, load_or_generate
+from infnerf_ns.data.demo_scene.depths import load_or_generate_depths
 
-__all__ = ["DemoScene", "DemoSceneOptions", "load_or_generate"]
+__all__ = ["DemoScene", "DemoSceneOptions", "load_or_generate", "load_or_generate_depths"]

@@ -11,8 +11,10 @@ import json
 import shutil
 import uuid
 import zlib
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import TypeVar
 
 import numpy as np
 from jaxtyping import Float32
@@ -29,6 +31,7 @@ from infnerf_ns.errors import InputError
 FORMAT = 2
 """Raised whenever the same options give another scene."""
 _FOCAL_PER_WIDTH = 0.5 / np.tan(np.radians(30))
+_Content = TypeVar("_Content")
 
 
 @dataclass(frozen=True)
@@ -80,32 +83,46 @@ def load_or_generate(options: DemoSceneOptions, cache_dir: Path) -> DemoScene:
         InputError: the cache folder cannot be written.
     """
     folder = cache_dir / options.folder_name
-    scene = _load(options, folder)
-    if scene is not None:
-        return scene
+    return load_or_make(folder, lambda: _load(options, folder), lambda draft: _generate(options, draft))
+
+
+def load_or_make(folder: Path, load: Callable[[], _Content | None], make: Callable[[Path], None]) -> _Content:
+    """What a folder holds, made there first if it is missing or damaged.
+
+    Args:
+        folder: the folder.
+        load: what it holds; None if it is not there, incomplete or damaged.
+        make: writes it into another folder, which is empty.
+
+    Raises:
+        InputError: the folder cannot be written.
+    """
+    content = load()
+    if content is not None:
+        return content
     if folder.exists():
         CONSOLE.log(f"[yellow]infnerf-demo: {folder} is incomplete or damaged and is made again")
-    draft = cache_dir / f".{options.folder_name}.{uuid.uuid4().hex}"
+    draft = folder.with_name(f".{folder.name}.{uuid.uuid4().hex}")
     try:
         draft.mkdir(parents=True)
-        _generate(options, draft)
-        scene = _publish(options, draft, folder)
+        make(draft)
+        content = _publish(load, draft, folder)
     except OSError as error:
         raise InputError(
-            f"cannot write the demo scene into {cache_dir} ({error.strerror or error}): "
+            f"cannot write the demo scene into {folder.parent} ({error.strerror or error}): "
             "free some space there or choose another folder with --cache-dir"
         ) from error
     finally:
         shutil.rmtree(draft, ignore_errors=True)
-    return scene
+    return content
 
 
-def _publish(options: DemoSceneOptions, draft: Path, folder: Path) -> DemoScene:
-    """Rename the finished draft to its place; where a good scene has come there meanwhile, take that one."""
+def _publish(load: Callable[[], _Content | None], draft: Path, folder: Path) -> _Content:
+    """Rename the finished draft to its place; where a good one has come there meanwhile, take that one."""
     for _ in range(3):
-        scene = _load(options, folder)
-        if scene is not None:
-            return scene
+        content = load()
+        if content is not None:
+            return content
         if folder.exists():
             damaged = draft.with_name(f".{uuid.uuid4().hex}.damaged")
             try:
@@ -118,10 +135,10 @@ def _publish(options: DemoSceneOptions, draft: Path, folder: Path) -> DemoScene:
         except OSError:
             if not folder.exists():
                 raise
-    scene = _load(options, folder)
-    if scene is None:
+    content = load()
+    if content is None:
         raise OSError(f"{folder} keeps changing")
-    return scene
+    return content
 
 
 def _generate(options: DemoSceneOptions, folder: Path) -> None:
@@ -133,7 +150,7 @@ def _generate(options: DemoSceneOptions, folder: Path) -> None:
         path = folder / f"{i:05d}.png"
         Image.fromarray(photo).save(path)
         picked = survey.pick(i)
-        return {"name": path.name, **_fingerprint(path)}, picked, photo[picked.row, picked.column]
+        return {"name": path.name, **fingerprint(path)}, picked, photo[picked.row, picked.column]
 
     everything = range(options.num_photos)
     title = f"Photographing the demo town ({len(survey.town.mesh.corners)} triangles)"
@@ -142,13 +159,14 @@ def _generate(options: DemoSceneOptions, folder: Path) -> None:
         photos, picked, rgb = (list(column) for column in zip(*taken))
         points = survey.points(picked, rgb, pool)
     np.savez(folder / "scene.npz", poses=survey.poses, look_distance=survey.look_distance, **vars(points))
-    arrays = _fingerprint(folder / "scene.npz")
+    arrays = fingerprint(folder / "scene.npz")
     (folder / "scene.json").write_text(
         json.dumps({"format": FORMAT, "options": asdict(options), "arrays": arrays, "photos": photos}, indent=1)
     )
 
 
-def _fingerprint(path: Path) -> dict[str, int]:
+def fingerprint(path: Path) -> dict[str, int]:
+    """Size and checksum of a file."""
     content = path.read_bytes()
     return {"bytes": len(content), "crc32": zlib.crc32(content)}
 
@@ -161,7 +179,7 @@ def _load(options: DemoSceneOptions, folder: Path) -> DemoScene | None:
             return None
         files = [("scene.npz", record["arrays"]), *((p["name"], p) for p in record["photos"])]
         for name, expected in files:
-            if _fingerprint(folder / name) != {"bytes": expected["bytes"], "crc32": expected["crc32"]}:
+            if fingerprint(folder / name) != {"bytes": expected["bytes"], "crc32": expected["crc32"]}:
                 return None
         with np.load(folder / "scene.npz") as arrays:
             points = SurfacePoints(*(arrays[name] for name in ("xyz", "rgb", "source", "seen_point", "seen_photo")))

@@ -66,6 +66,13 @@ class Photographer:
             photo[top:bottom] = np.round(total * np.float32(255 / k**2)).astype(np.uint8)
         return photo
 
+    def depth(self, camera_to_world: Float32[np.ndarray, "3 4"]) -> Float32[np.ndarray, "h w"]:
+        """What lies behind the middle of every pixel of a photo: depths along the viewing axis, metres; sky: 0."""
+        x, y = (np.arange(side, dtype=np.float32) + 0.5 for side in (self.lens.width, self.lens.height))
+        ray = self.lens.directions(*np.meshgrid(x, y)).reshape(-1, 3) @ camera_to_world[:, :3].T
+        triangle, depth = self.rays.cast(np.broadcast_to(camera_to_world[:, 3], ray.shape), ray)
+        return np.where(triangle >= 0, depth, np.float32(0)).reshape(self.lens.height, self.lens.width)
+
     def pixels(
         self,
         camera_to_world: Float32[np.ndarray, "n 3 4"],
