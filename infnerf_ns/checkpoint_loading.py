@@ -38,6 +38,7 @@ def checkpoint_octree(state: dict[str, Any], device: torch.device) -> Octree:
         )
     octree = octree_from_state(state, "field.").to(device)
     state.setdefault("field.node_samples", torch.zeros(octree.num_nodes, dtype=torch.long))
+    state.setdefault("field.maturity", torch.ones(octree.num_nodes))
     return octree
 
 

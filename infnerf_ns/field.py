@@ -147,7 +147,11 @@ class OctreeField(nn.Module):
             self.register_buffer(name, value)
         self.register_buffer("active_level", torch.tensor(0))
         self.register_buffer("node_samples", torch.zeros(0, dtype=torch.long))
+        self.register_buffer("maturity", torch.ones(0))
         self.cache: StreamedNodes | None = None
+        self.young = False
+        """some :attr:`maturity` is below 1: the share of a node against its parent, in training and in evaluation, while
+        it takes over from it"""
         self.level_cap: int | None = None
         """in evaluation no sample goes deeper (the viewer's choice)"""
         self.set_octree(octree)
@@ -167,6 +171,7 @@ class OctreeField(nn.Module):
         for name, value in tree_buffers(cache.octree).items():
             setattr(self, name, value)
         self.node_samples = torch.zeros_like(cache.octree.level)
+        self.maturity, self.young = torch.ones_like(cache.octree.level, dtype=torch.float32), False
         cache.on_pool_change = self._bind_pool
         self._bind_pool()
 
@@ -203,6 +208,8 @@ class OctreeField(nn.Module):
         for name, value in tree_buffers(octree).items():
             setattr(self, name, value)
         self.node_samples = torch.zeros(octree.num_nodes, dtype=torch.long, device=octree.level.device)
+        self.maturity = torch.ones(octree.num_nodes, device=octree.level.device)
+        self.young = False
         for level, shapes in enumerate(self.pages.bank_shapes(octree)):
             for kind, shape in shapes.items():
                 bank = getattr(self, kind)[level]
@@ -226,22 +233,27 @@ class OctreeField(nn.Module):
     @torch.no_grad()
     def activate_level(self, level: int) -> None:
         """Let the nodes of a level take part from now on; each starts with the decoder that its parent has learnt."""
-        octree = self.octree
-        for new in range(int(self.active_level) + 1, min(level, octree.depth) + 1):
-            bank, above = self.decoders[new].data, self.decoders[new - 1].data
-            if len(bank):
-                nodes = torch.nonzero(octree.level == new)[:, 0]
-                parents = (
-                    octree.row[octree.parent[nodes]] if self.config.decoder_sharing == "node" else torch.zeros(1).long()
-                )
-                fresh = bank.clone()
-                bank.copy_(above[parents.to(bank.device)])
-                if self.config.children == "residual":
-                    # The weights of the features that only exist from this level on keep their first value.
-                    hidden = self.density_widths[1]
-                    used = sum(self._columns[:new]) * hidden
-                    bank[:, used : self.density_widths[0] * hidden] = fresh[:, used : self.density_widths[0] * hidden]
+        for new in range(int(self.active_level) + 1, min(level, self.octree.depth) + 1):
+            self.inherit_decoders(torch.nonzero(self.octree.level == new)[:, 0])
             self.active_level.fill_(new)
+
+    @torch.no_grad()
+    def inherit_decoders(self, nodes: Int[Tensor, "B"]) -> None:
+        """Nodes of one level take over what their parents' decoders have learnt. The weights of the features that only
+        exist from this level on have their first value there, too, as no sample of the parents has used them. A decoder
+        that a whole level shares changes only if all nodes of the level are among these."""
+        octree, level = self.octree, int(self.octree.level[nodes[0]])
+        bank, above = self.decoders[level].data, self.decoders[level - 1].data
+        if self.config.decoder_sharing == "node":
+            bank[octree.row[nodes]] = above[octree.row[octree.parent[nodes]]]
+        elif len(bank) and len(nodes) == octree.nodes_per_level[level]:
+            bank.copy_(above)
+
+    def grow_up(self, by: float) -> None:
+        """Young nodes take over a further share from their parents."""
+        if self.young:
+            self.maturity.add_(by).clamp_(max=1)
+            self.young = bool((self.maturity < 1).any())
 
     @torch.no_grad()
     def count_samples(self, routed: Routed) -> None:
@@ -356,8 +368,7 @@ class OctreeField(nn.Module):
             bank = self.grids[level].detach() if frozen else self.grids[level]
             features = hash_encode(local, row, bank, self.layouts[level], self.config.backend)
             if weighted:
-                weights = self._hash_level_weights(level, cells[level], routed.footprints[a:b], routed.unit[a:b])
-                features = features * weights.repeat_interleave(self.layouts[level].features, dim=1)
+                features = features * self.grid_fading(level, routed.footprints[a:b], routed.unit[a:b])
             if not residual:
                 pieces.append(features)
                 continue
@@ -385,6 +396,17 @@ class OctreeField(nn.Module):
             norm = (2 * unit.detach() - 1).abs().amax(dim=-1).clamp(min=1)
             footprints = footprints * (1 / norm if along else 2 - 1 / norm) / norm
         return torch.erf(torch.from_numpy(cells).to(footprints) / footprints[:, None].clamp(min=1e-12))
+
+    def grid_fading(
+        self, level: int, footprints: Float[Tensor, "S"], unit: Float[Tensor, "S 3"]
+    ) -> Float[Tensor, "S LF"]:
+        """What the features of the grids of a level are multiplied with, for samples of these footprints (scene units)
+        at these unit coordinates."""
+        if not self.config.downweight:
+            return footprints.new_ones(len(footprints), self.layouts[level].num_outputs)
+        cells = self._cells(self.layouts[: level + 1], self.config.downweight)[level]
+        weights = self._hash_level_weights(level, cells, footprints, unit)
+        return weights.repeat_interleave(self.layouts[level].features, dim=1)
 
     def _cells(self, layouts: list[HashLayout], strength: float) -> list[np.ndarray]:
         """Per octree level [L] of its hash levels: what the footprint is compared with, scene units."""

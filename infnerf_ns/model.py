@@ -11,13 +11,12 @@ from typing import Annotated, Any, Literal
 
 import torch
 import tyro
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from nerfstudio.cameras.camera_optimizers import CameraOptimizer, CameraOptimizerConfig
 from nerfstudio.cameras.cameras import Cameras, CameraType
 from nerfstudio.cameras.rays import RayBundle
 from nerfstudio.data.scene_box import OrientedBox
 from nerfstudio.engine.callbacks import TrainingCallback, TrainingCallbackAttributes, TrainingCallbackLocation
-from nerfstudio.model_components.losses import interlevel_loss, ray_samples_to_sdist
 from nerfstudio.model_components.renderers import (
     AccumulationRenderer,
     DepthRenderer,
@@ -34,19 +33,20 @@ from torch.nn import Parameter
 
 from infnerf_ns.checkpoint_loading import checkpoint_octree, fit_whole, open_pages, require_all_but_pages
 from infnerf_ns.errors import InputError
-from infnerf_ns.field import FieldConfig, OctreeField, Routed, in_place_gradients
+from infnerf_ns.field import FieldConfig, OctreeField, in_place_gradients
 from infnerf_ns.interruption import interrupted_between_chunks, may_be_interrupted
 from infnerf_ns.kernels import explain, shading
-from infnerf_ns.kernels.rays import render_weights
-from infnerf_ns.losses import ray as ray_losses
-from infnerf_ns.losses import reconstruction
-from infnerf_ns.losses import tree as tree_losses
+from infnerf_ns.losses import multi_scale, reconstruction
+from infnerf_ns.losses.config import LossConfig
 from infnerf_ns.near_plane import NearPlanes
+from infnerf_ns.objective import Objective, distortion
 from infnerf_ns.pages import PageLayout
 from infnerf_ns.ray_nodes import Evaluated, level_image, node_image
+from infnerf_ns.rendering import BLEND_SHARPENING, Shaded, route, shade
 from infnerf_ns.sampler import (
     ORTHOGRAPHIC_FOOTPRINT,
     ROUTING_SCALE,
+    Intervals,
     LoDSampler,
     SamplerConfig,
     sample_geometry,
@@ -55,43 +55,16 @@ from infnerf_ns.sampler import (
 from infnerf_ns.streaming.node_cache import budget_bytes
 from infnerf_ns.streaming.packing import CHECKSUMS
 from infnerf_ns.streaming.views import StreamedViews
+from infnerf_ns.training.growth import Growth
+from infnerf_ns.training.growth_rules import GrowthConfig
 from infnerf_ns.tree_building import SOURCES, OctreeConfig, build_tree, log_tree, require_memory
 from infnerf_ns.validation import Range
 
 _NORMALS_PER_RAY = 4
 """Samples of a ray whose normals are taken. The weights of a surface are spread over most samples of its ray, and each
 normal costs a second, differentiated look at the field."""
-BLEND_HALF_WIDTH = 0.25
-"""Octree levels on both sides of a switch over which a node takes over from its parent in evaluation. Training jitters
-footprints by half a level, so half a level would be its mean; a quarter renders as well (28.39 against 28.41 dB at full
-size and 32.07 against 32.01 at 1/16 on the demo scene), evaluates half as many samples twice, and a view needs fewer of
-the fine nodes, which are the most."""
-BLEND_SHARPENING = 2**BLEND_HALF_WIDTH
-"""Samples are routed by their footprints over this, so that a node is there before it counts."""
 APPEARANCE = "appearance_code"
 """Key of the ray metadata that holds an appearance code [R, A] to be used instead of the trained ones."""
-
-
-@dataclass
-class LossConfig:
-    """Weights of the losses; 0 switches one off."""
-
-    rgb: Literal["mse", "charbonnier"] = "mse"
-    """Photometric loss."""
-    distortion: Annotated[float, Range(0.0, 10.0)] = 0.002
-    """Distortion loss (mip-NeRF 360)."""
-    proposal: Annotated[float, Range(0.0, 100.0)] = 1.0
-    """Proposal (interlevel) loss (mip-NeRF 360)."""
-    inter_level: Annotated[float, Range(0.0, 10.0)] = 0.01
-    """The paper's consistency between a node and its parent."""
-    transparency: Annotated[float, Range(0.0, 10.0)] = 0.001
-    """The paper's transparency of random points."""
-    tree_points: Annotated[int, Range(1, 1_000_000)] = 2048
-    """Random points of the two tree losses."""
-    tree_nodes: Annotated[int, Range(1, 10_000)] = 4
-    """Random nodes that these points lie in."""
-    tree_every: Annotated[int, Range(1, 10_000)] = 32
-    """Steps between two evaluations of the tree losses."""
 
 
 @dataclass
@@ -117,6 +90,8 @@ class InfNeRFModelConfig(ModelConfig):
     """Rays per chunk when images are rendered."""
     octree: OctreeConfig = dataclasses.field(default_factory=OctreeConfig)
     """The tree."""
+    growth: GrowthConfig = dataclasses.field(default_factory=GrowthConfig)
+    """How the tree changes while it trains."""
     field: FieldConfig = dataclasses.field(default_factory=FieldConfig)
     """The nodes."""
     sampler: SamplerConfig = dataclasses.field(default_factory=SamplerConfig)
@@ -182,6 +157,8 @@ class InfNeRFModel(Model):
             CONSOLE.print(f"root cube: side {octree.cube.side:.4g}, near plane {scene.near:.4g} or more (scene units)")
             require_memory(layout.memory_bytes(octree), self.kwargs.get("device", "cpu"))
         self.field = OctreeField(octree, self.config.field, self.config.octree.max_level, self.num_train_data)
+        self.objective = Objective(self.config.losses)
+        self.growth = Growth(octree, self.config.octree.max_level, self.config.growth)
         device = torch.device(self.kwargs.get("device", "cpu"))
         in_place_gradients(self.field, device)
         CONSOLE.print(f"infnerf: {explain(self.config.field.backend, device)}")
@@ -194,7 +171,7 @@ class InfNeRFModel(Model):
         self.renderer_expected_depth = DepthRenderer(method="expected")
         self.renderer_normals = NormalsRenderer()
         self.normals_shader = NormalsShader()
-        self.step = 0
+        self.step, self.total_steps = 0, 0
         self.views: StreamedViews | None = None
         """what a packed model does before and after an image"""
         self.footprint_scale = 1.0
@@ -212,15 +189,20 @@ class InfNeRFModel(Model):
                 groups[f"{kind}_{level}"] = [bank]
         if self.field.appearance is not None:
             groups["appearance"] = list(self.field.appearance.parameters())
+        if self.objective.discriminator is not None:
+            groups["discriminator"] = list(self.objective.discriminator.parameters())
         self.camera_optimizer.get_param_groups(groups)
         return groups
 
     def load_state_dict(self, state_dict: dict[str, Any], strict: bool = True, assign: bool = False) -> Any:
         """Takes over the checkpoint's tree first; nodes of a packed run come from its pages when they are needed."""
         octree = checkpoint_octree(state_dict, self.device)
+        self.growth.fit(octree, state_dict)
         if CHECKSUMS not in state_dict:
             fit_whole(self.field, self.near_planes, octree, state_dict, self.training)
-            return super().load_state_dict(state_dict, strict=strict)
+            loaded = super().load_state_dict(state_dict, strict=strict)
+            self.field.young = bool((self.field.maturity < 1).any())
+            return loaded
         pages, budget = self.config.streaming.pages, budget_bytes(self.config.streaming.budget_mib)
         cache = open_pages(self.field, self.near_planes, octree, state_dict, pages, budget)
         loaded = super().load_state_dict(state_dict, strict=False)
@@ -241,19 +223,37 @@ class InfNeRFModel(Model):
         """Schedules continue from a loaded checkpoint."""
         self.step = step
 
+    @property
+    def progress(self) -> float:
+        """Share of the training that is done; 0 while its length is not known."""
+        return min(1.0, self.step / self.total_steps) if self.total_steps else 0.0
+
     def get_training_callbacks(
         self, training_callback_attributes: TrainingCallbackAttributes
     ) -> list[TrainingCallback]:
         """Before each step: the step number for the schedules, and the start of the octree levels whose time has
-        come."""
-        del training_callback_attributes
+        come. After it: the growth of the tree, where it is due."""
+        trainer, held = training_callback_attributes.trainer, training_callback_attributes.optimizers
+        if trainer is not None:
+            self.total_steps = trainer.config.max_num_iterations
 
         def begin(step: int) -> None:
             self.step = step
             spacing = self.config.octree.level_start_steps
             self.field.activate_level(step // spacing if spacing else self.config.octree.max_level)
+            if self.growth.config.every:
+                self.field.grow_up(1 / self.growth.config.every)
 
-        return [TrainingCallback([TrainingCallbackLocation.BEFORE_TRAIN_ITERATION], begin)]
+        def grow(step: int) -> None:
+            if self.growth.is_due(step, self.progress):
+                done = self.growth.round(step, self.field, held.optimizers.values())
+                CONSOLE.log(
+                    f"step {step}: {int(done.births.sum())} nodes were born and {int(done.deaths.sum())} have died;"
+                    f" nodes per level {self.field.octree.nodes_per_level}"
+                )
+
+        before, after = TrainingCallbackLocation.BEFORE_TRAIN_ITERATION, TrainingCallbackLocation.AFTER_TRAIN_ITERATION
+        return [TrainingCallback([before], begin), TrainingCallback([after], grow)]
 
     # -- rendering
 
@@ -346,41 +346,26 @@ class InfNeRFModel(Model):
             routing_scale = float(ray_bundle.metadata[ROUTING_SCALE][0])
         proposal_density = partial(self.field.proposal_density, routing_scale=routing_scale)
         samples, weights_list, samples_list = self.sampler(ray_bundle, proposal_density, self.step)
-        rays, per_ray = samples.starts.shape[:2]
-        jitter = self.training and self.config.sampler.footprint_jitter
-        positions, footprints = sample_geometry(
-            ray_bundle,
-            samples,
-            interval_share=self.config.sampler.interval_footprint,
-            cube=self.field.octree.cube,
-            jitter=jitter,
-        )
-        positions = positions.reshape(-1, 3)
-        footprints = None if footprints is None else footprints.reshape(-1)
-        routed, share = self._route(positions, footprints, routing_scale)
-        density, geo = self.field.density(routed)
-        sample_density = torch.zeros_like(positions[:, 0]).index_add(0, routed.order, share * density)
-        weights = render_weights(sample_density.reshape(rays, per_ray), samples.edges)[..., None]
-        kept = shading.visible(weights[..., 0], routed.order, self.config.color_weight_threshold)
-        direction_code = components_from_spherical_harmonics(levels=4, directions=ray_bundle.directions)
-        place = routed.order.index_select(0, kept)
-        ray = torch.div(place, per_ray, rounding_mode="floor")
-        inputs = shading.color_inputs(geo, direction_code, self._appearance(ray_bundle), kept, ray)
-        color = self.field.color(routed.node.index_select(0, kept), inputs)
-        rgb = torch.zeros_like(positions).index_add(0, place, share[kept, None] * color)
+        positions, footprints, shaded = self._shade(ray_bundle, samples, routing_scale=routing_scale)
+        weights = shaded.weights
         outputs: dict[str, Any] = {
-            "rgb": self.renderer_rgb(rgb=rgb.reshape(rays, per_ray, 3), weights=weights),
+            "rgb": self.renderer_rgb(rgb=shaded.rgb, weights=weights),
             "accumulation": self.renderer_accumulation(weights=weights),
             "expected_depth": self.renderer_expected_depth(weights=weights, ray_samples=samples),
         }
         with torch.no_grad():
             outputs["depth"] = self.renderer_depth(weights=weights, ray_samples=samples)
         if self.training:
-            self.field.count_samples(routed)
+            self.field.count_samples(shaded.routed)
+            if self.config.growth.every and shaded.density.requires_grad:
+                outputs["watch"] = self.growth.watch(
+                    shaded.density, shaded.routed, weights.reshape(-1), self.field.octree
+                )
             outputs["weights_list"] = [*weights_list, weights]
             outputs["ray_samples_list"] = [*samples_list, samples]
+            outputs["rays"], outputs["densities"] = ray_bundle, (shaded.density, shaded.routed.node)
         else:
-            evaluated = Evaluated(routed, share, weights)
+            evaluated = Evaluated(shaded.routed, shaded.share, weights)
             outputs["level"] = level_image(self.field.octree, evaluated)
             outputs["node"] = node_image(self.field.octree, evaluated)
             if self.on_evaluated is not None:
@@ -391,18 +376,65 @@ class InfNeRFModel(Model):
                 )
         return outputs
 
-    def _route(
-        self, positions: Float[Tensor, "M 3"], footprints: Float[Tensor, "M"] | None, routing_scale: float
-    ) -> tuple[Routed, Float[Tensor, "M2"]]:
-        """The nodes that evaluate the samples, and their shares of them: in training one each, in evaluation two
-        adjacent levels where they are blended."""
-        octree = self.field.octree
-        if footprints is not None and self.config.blend_levels and not self.training:
-            routing_scale = routing_scale / BLEND_SHARPENING
-            routed = self.field.route(positions, footprints, None, routing_scale)
-            past_parent = octree.fraction(octree.level[routed.node], routing_scale * routed.footprints)
-            return self.field.with_parents(routed, (past_parent / (2 * BLEND_HALF_WIDTH)).clamp(max=1))
-        return self.field.route(positions, footprints, None, routing_scale), torch.ones_like(positions[:, 0])
+    def _shade(
+        self, rays: RayBundle, samples: Intervals, *, routing_scale: float = 1.0, max_level: int | None = None
+    ) -> tuple[Float[Tensor, "M 3"], Float[Tensor, "M"] | None, Shaded]:
+        """Positions and footprints of the samples, and what the field says of them."""
+        positions, footprints = sample_geometry(
+            rays,
+            samples,
+            interval_share=self.config.sampler.interval_footprint,
+            cube=self.field.octree.cube,
+            jitter=self.training and self.config.sampler.footprint_jitter,
+        )
+        positions = positions.reshape(-1, 3)
+        footprints = None if footprints is None else footprints.reshape(-1)
+        blended = self.config.blend_levels and not self.training
+        routed = route(
+            self.field, positions, footprints, max_level=max_level, routing_scale=routing_scale, blended=blended
+        )
+        threshold = self.config.color_weight_threshold
+        return positions, footprints, shade(self.field, rays, samples, routed, self._appearance(rays), threshold)
+
+    def render_cut(
+        self, outputs: dict[str, Any], chosen: Int[Tensor, "n"], level: int, deepest: int
+    ) -> dict[str, Tensor]:
+        """Rays of a training step once more, with the tree cut at a level and with fewer samples.
+
+        Args:
+            outputs: of the step.
+            chosen: which of its rays.
+            level: deepest level that takes part.
+            deepest: of the tree.
+
+        Returns:
+            ``rgb [n, 3]``, ``accumulation`` and ``expected_depth`` [n, 1].
+        """
+        rays = outputs["rays"][chosen]
+        count = multi_scale.cut_samples(self.config.sampler.samples, level, deepest)
+        last, weights = outputs["ray_samples_list"][-2], outputs["weights_list"][-2]
+        proposal = Intervals(last.bins[chosen], last.edges[chosen])
+        samples = self.sampler.resample(rays, proposal, weights[chosen].detach(), count, self.step)
+        _, _, shaded = self._shade(rays, samples, max_level=level)
+        return {
+            "rgb": self.renderer_rgb(rgb=shaded.rgb, weights=shaded.weights),
+            "accumulation": self.renderer_accumulation(weights=shaded.weights),
+            "expected_depth": self.renderer_expected_depth(weights=shaded.weights, ray_samples=samples),
+        }
+
+    def field_at(self, points: Float[Tensor, "M 3"], level: int) -> tuple[Float[Tensor, "M"], Float[Tensor, "M 3"]]:
+        """Density and colour at world positions with the tree cut at a level, seen in one random direction and with the
+        mean appearance code."""
+        field = self.field
+        routed = field.route(points, None, level)
+        density, geo = field.density(routed)
+        direction = torch.nn.functional.normalize(torch.randn(1, 3, device=points.device), dim=-1)
+        code = components_from_spherical_harmonics(levels=4, directions=direction)
+        every = torch.arange(len(points), device=points.device)
+        mean = None if field.appearance is None else field.appearance.weight.detach().mean(dim=0, keepdim=True)
+        color = field.color(routed.node, shading.color_inputs(geo, code, mean, every, torch.zeros_like(every)))
+        place = (routed.order,)
+        return torch.empty_like(density).index_put(place, density), torch.empty_like(color).index_put(place, color)
 
     def _normal_color(
         self,
@@ -426,7 +458,7 @@ class InfNeRFModel(Model):
         predicted, target = self._rgb_pair(outputs, batch)
         metrics = {"psnr": -10 * torch.log10(reconstruction.mse(predicted, target))}
         if self.training:
-            metrics["distortion"] = self._distortion(outputs)
+            metrics["distortion"] = distortion(outputs)
         self.camera_optimizer.get_metrics_dict(metrics)
         return metrics
 
@@ -436,47 +468,17 @@ class InfNeRFModel(Model):
             pred_image=outputs["rgb"], pred_accumulation=outputs["accumulation"], gt_image=target
         )
 
-    def _distortion(self, outputs: dict[str, Any]) -> Tensor:
-        edges = ray_samples_to_sdist(outputs["ray_samples_list"][-1])
-        return ray_losses.distortion(outputs["weights_list"][-1][..., 0], edges)
-
     def get_loss_dict(
         self, outputs: dict[str, Any], batch: dict[str, Any], metrics_dict: dict[str, Tensor] | None = None
     ) -> dict[str, Tensor]:
-        """The weighted losses, by name."""
-        config = self.config.losses
-        predicted, target = self._rgb_pair(outputs, batch)
-        losses = {"rgb_loss": getattr(reconstruction, config.rgb)(predicted, target)}
+        """The weighted losses, by name; their weights join the metrics."""
+        pair = self._rgb_pair(outputs, batch)
         if not self.training:
-            return losses
-        if config.distortion:
-            distortion = metrics_dict["distortion"] if metrics_dict else self._distortion(outputs)
-            losses["distortion_loss"] = config.distortion * distortion
-        if config.proposal and self.sampler.updates_proposals(self.step):
-            losses["proposal_loss"] = config.proposal * interlevel_loss(
-                outputs["weights_list"], outputs["ray_samples_list"]
-            )
-        if (config.inter_level or config.transparency) and self.step % config.tree_every == 0:
-            losses.update(self._tree_losses())
+            return {"rgb_loss": getattr(reconstruction, self.config.losses.rgb)(*pair)}
+        if "watch" in outputs:
+            outputs["watch"].error = (pair[0] - pair[1]).detach().square().mean(dim=-1)
+        losses = self.objective(self, outputs, batch, pair, {} if metrics_dict is None else metrics_dict)
         self.camera_optimizer.get_loss_dict(losses)
-        return losses
-
-    def _tree_losses(self) -> dict[str, Tensor]:
-        config, octree = self.config.losses, self.field.octree
-        drawn = tree_losses.random_points_in_nodes(
-            octree, int(self.field.active_level), config.tree_nodes, config.tree_points
-        )
-        if drawn is None:
-            return {}
-
-        def density_fn(points: Tensor, level: int) -> Tensor:
-            return self.field.density_at(points, None, max_level=level)
-
-        losses = {}
-        if config.inter_level:
-            losses["inter_level_loss"] = config.inter_level * tree_losses.inter_level(*drawn, octree, density_fn)
-        if config.transparency:
-            losses["transparency_loss"] = config.transparency * tree_losses.transparency(*drawn, octree, density_fn)
         return losses
 
     def get_image_metrics_and_images(

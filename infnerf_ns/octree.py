@@ -46,6 +46,15 @@ class RootCube:
         return (unit - 0.5) * self.side @ self.rotation.to(unit) + self.center.to(unit)
 
 
+class Changed(NamedTuple):
+    """A tree that was made from another one."""
+
+    octree: Octree
+    """the new tree; nodes that stay keep their order within their level, before the new ones"""
+    origin: Int[Tensor, "N"]
+    """number that each of its nodes had in the old tree; -1: new"""
+
+
 class Located(NamedTuple):
     """Answer of :meth:`Octree.locate` for M samples."""
 
@@ -238,6 +247,62 @@ class Octree:
         past_parent = continuous_level(footprints, self.gsd(0)) - (level - 1)
         return torch.where(level == 0, 1.0, past_parent.clamp(0.0, 1.0))
 
+    def subdivide(self, parents: Int[Tensor, "B"], octants: Int[Tensor, "B"]) -> Changed:
+        """The tree with further nodes.
+
+        Args:
+            parents: nodes, each perhaps several times.
+            octants: which child of each; bit 0, 1, 2 = upper half in x, y, z.
+
+        Raises:
+            ValueError: a child exists already, or is named twice.
+        """
+        key = parents * 8 + octants
+        if bool((self.children[parents, octants] >= 0).any()) or len(key.unique()) < len(key):
+            raise ValueError("an octant holds at most one child")
+        old = torch.arange(self.num_nodes, device=self.level.device)
+        return self._rebuilt(
+            torch.cat([self.level, self.level[parents] + 1]),
+            torch.cat([self.coords, 2 * self.coords[parents] + _OCTANTS.to(octants)[octants]]),
+            torch.cat([self.parent, parents]),
+            torch.cat([old, torch.full_like(parents, -1)]),
+        )
+
+    def prune(self, nodes: Int[Tensor, "D"]) -> Changed:
+        """The tree without some nodes.
+
+        Args:
+            nodes: each without children, or with all of its children among them; not the root.
+
+        Raises:
+            ValueError: the root, or the parent of a node that stays.
+        """
+        stays = torch.ones(self.num_nodes, dtype=torch.bool, device=self.level.device)
+        stays[nodes] = False
+        if not bool(stays[0]) or not bool(stays[self.parent[stays][1:]].all()):
+            raise ValueError("only subtrees below the root can be pruned")
+        kept = torch.nonzero(stays)[:, 0]
+        number = torch.cumsum(stays, 0) - 1
+        parent = self.parent[kept]
+        return self._rebuilt(self.level[kept], self.coords[kept], torch.where(parent < 0, -1, number[parent]), kept)
+
+    def _rebuilt(self, level: Tensor, coords: Tensor, parent: Tensor, origin: Tensor) -> Changed:
+        """Nodes sorted by level; ``parent`` numbers them as they are given."""
+        order = torch.argsort(level, stable=True)
+        number = torch.empty_like(order)
+        number[order] = torch.arange(len(order), device=order.device)
+        parent = parent[order]
+        parent = torch.where(parent < 0, -1, number[parent])
+        tree = Octree(
+            self.cube,
+            level[order],
+            coords[order],
+            parent,
+            node_resolution=self.node_resolution,
+            gsd_sharpness=self.gsd_sharpness,
+        )
+        return Changed(tree, origin[order])
+
     def summary(self, bytes_per_level: list[int] | None = None) -> list[dict]:
         """Per level: nodes, GSD (scene units), share of a full octree that is pruned, and bytes if given."""
         rows = []
@@ -309,3 +374,18 @@ def build_octree(
         node_resolution=node_resolution,
         gsd_sharpness=gsd_sharpness,
     )
+
+
+def full_octree(cube: RootCube, level: int, *, node_resolution: int, gsd_sharpness: float = 2.0) -> Octree:
+    """Tree of all cells down to a level (0: the root alone).
+
+    Args:
+        cube, node_resolution, gsd_sharpness: as in :func:`build_octree`.
+        level: deepest level.
+    """
+    root = torch.zeros(1, dtype=torch.long)
+    tree = Octree(cube, root, root.expand(1, 3), root - 1, node_resolution=node_resolution, gsd_sharpness=gsd_sharpness)
+    for _ in range(level):
+        leaves = torch.nonzero(tree.level == tree.depth)[:, 0]
+        tree, _ = tree.subdivide(leaves.repeat_interleave(8), torch.arange(8).repeat(len(leaves)))
+    return tree

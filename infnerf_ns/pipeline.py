@@ -27,6 +27,7 @@ from torch import Tensor
 
 from infnerf_ns.data.pyramid import level_name
 from infnerf_ns.data.pyramid_datamanager import PyramidDataManager, PyramidDataManagerConfig
+from infnerf_ns.losses.config import SMALLEST_PATCH
 from infnerf_ns.model import APPEARANCE, InfNeRFModel, InfNeRFModelConfig
 from infnerf_ns.validation import Range
 from infnerf_ns.viewer import OctreeViewer
@@ -49,6 +50,19 @@ class InfNeRFPipelineConfig(VanillaPipelineConfig):
     half_fit_lr: Annotated[float, Range(1e-6, 1.0, warn_above=0.1)] = 0.02
     """Learning rate of that fit."""
 
+    def check(self) -> list[str]:
+        """Values that do not fit each other."""
+        losses, data = getattr(self.model, "losses", None), self.datamanager
+        names = losses.patch_losses() if losses is not None else []
+        side = getattr(data, "patch_size", 1)
+        if names and (side < SMALLEST_PATCH or getattr(data, "patch_share", 1.0) == 0):
+            flag = names[0].replace("_", "-")
+            return [
+                f"--pipeline.model.losses.{flag} needs patches: give --pipeline.datamanager.patch-size 16 (at least"
+                f" {SMALLEST_PATCH}) and a --pipeline.datamanager.patch-share above 0, e.g. 0.25"
+            ]
+        return []
+
 
 class InfNeRFPipeline(VanillaPipeline):
     """Evaluates per pyramid level; everything else is nerfstudio's."""
@@ -56,8 +70,11 @@ class InfNeRFPipeline(VanillaPipeline):
     config: InfNeRFPipelineConfig
     datamanager: PyramidDataManager
 
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
+    def __init__(self, config: InfNeRFPipelineConfig, *args: Any, **kwargs: Any) -> None:
+        losses = getattr(config.model, "losses", None)
+        if losses is not None and losses.wants_depth:
+            config.datamanager.use_depth = True  # type: ignore[attr-defined]
+        super().__init__(config, *args, **kwargs)
         if self.model.near_planes is not None:
             # The method, as the module would become part of the data manager, which is one too, and be saved twice.
             self.datamanager.near_planes = self.model.near_planes.forward

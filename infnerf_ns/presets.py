@@ -120,6 +120,7 @@ def base_config(device: Literal["cpu", "cuda"]) -> InfNeRFTrainerConfig:
             "proposals": _group(NodeAdamOptimizerConfig(lr=1e-2, eps=1e-15)),
             "decoders": _group(NodeAdamOptimizerConfig(lr=1e-2, eps=1e-15)),
             "appearance": _group(AdamOptimizerConfig(lr=1e-2, eps=1e-15)),
+            "discriminator": _group(AdamOptimizerConfig(lr=2e-4, eps=1e-8)),
             "camera_opt": _group(AdamOptimizerConfig(lr=1e-3, eps=1e-15)),
         },
         viewer=ViewerConfig(num_rays_per_chunk=1 << 15, quit_on_train_completion=True),

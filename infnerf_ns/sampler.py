@@ -173,6 +173,22 @@ class LoDSampler(nn.Module):
         samples = self._resample(samples_list[-1], weights_list[-1], anneal, self.config.samples, s_near, s_far)
         return samples, weights_list, samples_list
 
+    def resample(
+        self, rays: RayBundle, samples: Intervals, weights: Float[Tensor, "R S 1"], count: int, step: int
+    ) -> Intervals:
+        """Other samples for rays that have been sampled: ``count`` intervals of equal weight.
+
+        Args:
+            rays: R rays with their planes.
+            samples: of their last proposal round.
+            weights: of these.
+            count: intervals wanted.
+            step: of the training.
+        """
+        s_near, s_far = self.spacing(rays.nears)[:, 0], self.spacing(rays.fars)[:, 0]
+        anneal = self.anneal(step) if self.training else 1.0
+        return self._resample(samples, weights, anneal, count, s_near, s_far)
+
     def _set_planes(self, rays: RayBundle) -> None:
         if rays.nears is None:
             rays.nears = torch.full_like(rays.origins[:, :1], self.near)

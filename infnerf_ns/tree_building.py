@@ -12,7 +12,7 @@ from rich.table import Table
 
 from infnerf_ns.data.sfm import SfMScene
 from infnerf_ns.errors import InputError
-from infnerf_ns.octree import Octree, build_octree, root_cube
+from infnerf_ns.octree import Octree, build_octree, full_octree, root_cube
 from infnerf_ns.validation import Range
 
 SOURCES = {
@@ -27,7 +27,7 @@ TIGHT_MEMORY = 0.7
 
 @dataclass
 class OctreeConfig:
-    """How the octree is built from the SfM points."""
+    """How the octree is built."""
 
     max_level: Annotated[int, Range(0, 20, warn_above=15)] = 4
     """Deepest octree level (0: the root alone)."""
@@ -37,6 +37,11 @@ class OctreeConfig:
     """How much finer than a grid cell a node is trusted to be; the paper uses 2."""
     min_points: Annotated[int, Range(1, 1_000_000)] = 32
     """SfM points finer than the parent's GSD that an octant needs to become a node."""
+    start: Literal["points", "root", "full"] = "points"
+    """What the tree starts from: nodes where the SfM points want them (points), the root alone, or all nodes down to
+    `full_level`. `growth` changes it while it trains."""
+    full_level: Annotated[int, Range(0, 6)] = 2
+    """Deepest level of a tree that starts full."""
     align: Literal["auto", "none", "pca"] = "auto"
     """Axes of the root cube: the scene's (none), the points' principal axes with the shortest up (pca), or pca only
     where the scene is flat and tilted (auto)."""
@@ -44,6 +49,15 @@ class OctreeConfig:
     """Share of outlying SfM points that the root cube ignores at both ends of each axis."""
     level_start_steps: Annotated[int, Range(0, 1_000_000)] = 1500
     """Steps between the starts of two octree levels; a level starts from what its parents have learnt."""
+
+    def check(self) -> list[str]:
+        """Values that do not fit each other."""
+        if self.start == "full" and self.full_level > self.max_level:
+            return [
+                f"--pipeline.model.octree.full-level {self.full_level}: must not be above"
+                f" --pipeline.model.octree.max-level {self.max_level}"
+            ]
+        return []
 
 
 def build_tree(scene: SfMScene, config: OctreeConfig) -> Octree:
@@ -58,14 +72,17 @@ def build_tree(scene: SfMScene, config: OctreeConfig) -> Octree:
         raise InputError(
             "all SfM points lie at one place: check the sparse model, or leave it out to use the cameras"
         ) from error
+    sizes = {"node_resolution": config.node_resolution, "gsd_sharpness": config.gsd_sharpness}
+    if config.start != "points" or scene.source == "checkpoint":
+        known = config.start == "full" and scene.source != "checkpoint"
+        return full_octree(cube, config.full_level if known else 0, **sizes)
     return build_octree(
         scene.points,
         scene.footprints,
         cube,
         max_level=config.max_level,
         min_points=config.min_points,
-        node_resolution=config.node_resolution,
-        gsd_sharpness=config.gsd_sharpness,
+        **sizes,
     )
 
 

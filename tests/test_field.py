@@ -24,6 +24,7 @@ from torch import Tensor
 
 from infnerf_ns.field import FieldConfig, OctreeField, in_place_gradients
 from infnerf_ns.octree import build_octree
+from infnerf_ns.training.optimizer import NodeAdam
 from infnerf_ns.tree_state import octree_from_state
 
 every_children = pytest.mark.parametrize("children", ["residual", "independent"])
@@ -94,15 +95,26 @@ def test_a_new_node_starts_with_the_decoder_of_its_parent() -> None:
     for children in ("residual", "independent"):
         field = tiny_field(children)
         field.active_level.fill_(1)
-        fresh = field.decoders[2].data.clone()
         field.activate_level(2)
         tree = field.octree
         nodes = torch.nonzero(tree.level == 2)[:, 0]
-        expected = field.decoders[1].data[tree.row[tree.parent[nodes]]].clone()
-        if children == "residual":
-            # Root 3 x 2, level 1 2 x 2 features; those of levels 2 and 3 have weights that no parent has ever used.
-            expected[:, 10 * 8 : 18 * 8] = fresh[:, 10 * 8 : 18 * 8]
-        assert torch.equal(field.decoders[2].data, expected), children
+        assert torch.equal(field.decoders[2].data, field.decoders[1].data[tree.row[tree.parent[nodes]]]), children
+
+
+def test_weights_of_features_that_a_node_lacks_keep_their_first_value() -> None:
+    """They are what its children start with: were they trained, or zero, the children's features would be."""
+    field = tiny_field("residual")
+    positions, footprints = tiny_samples(field.octree)
+    in_place_gradients(field)
+    optimizer = NodeAdam(list(field.decoders))
+    before = [bank.data.clone() for bank in field.decoders]
+    field.density_at(positions, footprints).sum().backward()
+    optimizer.step()
+    features = (6, 10, 14, 18)  # root 3 x 2, each level 2 x 2
+    for level, (bank, old) in enumerate(zip(field.decoders, before)):
+        used = 8 * features[level]
+        assert torch.equal(bank.data[:, used : 8 * 18], old[:, used : 8 * 18]), level
+        assert level > field.octree.depth or not torch.equal(bank.data[:, :used], old[:, :used]), level
 
 
 def test_levels_start_in_order_and_end_at_the_depth_of_the_tree() -> None:

@@ -247,7 +247,7 @@ def test_every_parameter_is_in_one_group() -> None:
 
 def test_levels_start_on_schedule() -> None:
     model = tiny_model(tiny_config(level_start_steps=10), active=0)
-    (callback,) = model.get_training_callbacks(SimpleNamespace())
+    callback, _ = model.get_training_callbacks(SimpleNamespace(trainer=None, optimizers=None))
     levels = []
     for step in (0, 9, 10, 19, 20, 500):
         callback.run_callback(step)

@@ -69,7 +69,7 @@ def _train(config: InfNeRFModelConfig, steps: int, seed: int = 0) -> list[float]
     groups = model.get_param_groups()
     banks = [parameter for name, group in groups.items() if name != "appearance" for parameter in group]
     optimizers = [NodeAdam(banks, lr=1e-2), torch.optim.Adam(groups["appearance"], lr=1e-2)]
-    (callback,) = model.get_training_callbacks(SimpleNamespace())
+    callback, _ = model.get_training_callbacks(SimpleNamespace(trainer=None, optimizers=None))
     curve = []
     for step in range(steps):
         callback.run_callback(step)

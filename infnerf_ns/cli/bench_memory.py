@@ -41,8 +41,9 @@ from infnerf_ns.cli.bench_views import VIEWS, TownViews, view_camera
 from infnerf_ns.data.demo_dataparser import MAX_SIZE
 from infnerf_ns.data.sfm import SfMScene
 from infnerf_ns.errors import InputError
-from infnerf_ns.model import BLEND_SHARPENING, InfNeRFModel, InfNeRFModelConfig
+from infnerf_ns.model import InfNeRFModel, InfNeRFModelConfig
 from infnerf_ns.presets import load_preset
+from infnerf_ns.rendering import BLEND_SHARPENING
 from infnerf_ns.streaming.node_cache import BUDGET_VARIABLE
 from infnerf_ns.streaming.packing import small_state, write_pages
 from infnerf_ns.streaming.page_files import PAGES

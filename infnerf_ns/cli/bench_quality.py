@@ -1,8 +1,9 @@
 """``infnerf-bench quality``: minutes of training against held-out PSNR per pyramid level, ours and nerfacto's.
 
 Each method trains in this process by its own trainer's ``train_iteration``; the clock stands still while held-out
-photos are measured. All methods are measured on the same pixels. Our learning rates decay over the time instead of the
-steps, so that the last measurement is of a finished training; nerfacto keeps its own schedule.
+photos are measured. All methods are measured on the same pixels. Our learning rates, the weights of our losses and the
+growth of the tree follow the time instead of the steps, so that the last measurement is of a finished training;
+nerfacto keeps its own schedule.
 """
 
 from __future__ import annotations
@@ -112,11 +113,12 @@ class Quality:
                 start = now()
                 if isinstance(trainer.pipeline.model, InfNeRFModel):
                     _set_rates(trainer, step, spent / budget)
+                    trainer.pipeline.model.total_steps = round(step / max(spent / budget, 1e-6))
                 _step(trainer, step)
                 spent += now() - start
                 step += 1
             rays = step * trainer.pipeline.datamanager.get_train_rays_per_batch()
-            row = {"minutes": minute, "steps": step, "rays_per_s": round(rays / spent)}
+            row = {"minutes": minute, "steps": step, "rays_per_s": round(rays / spent), "nodes": _num_nodes(trainer)}
             trainer.pipeline.eval()
             dataset = trainer.pipeline.datamanager.eval_dataset
             psnr, rate = held_out_psnr(trainer.pipeline.model, dataset, self.pixels, self.seed, now)
@@ -184,6 +186,11 @@ def _preset_with_settings(method: str) -> TrainerConfig:
     if report.problems:
         raise InputError(f"--methods {method}: {'; '.join(report.problems)}")
     return config
+
+
+def _num_nodes(trainer: Trainer) -> int:
+    model = trainer.pipeline.model
+    return model.field.octree.num_nodes if isinstance(model, InfNeRFModel) else 1
 
 
 def _step(trainer: Trainer, step: int) -> None:

@@ -4,11 +4,13 @@ a tree and rays made up for it."""
 from __future__ import annotations
 
 from collections.abc import Callable
+from types import SimpleNamespace
 from typing import Any, TypeAlias
 
 import torch
 from nerfstudio.cameras.rays import RayBundle
 from nerfstudio.data.scene_box import SceneBox
+from nerfstudio.engine.callbacks import TrainingCallbackAttributes, TrainingCallbackLocation
 from torch import Tensor
 
 from infnerf_ns.data.sfm import SfMScene
@@ -46,7 +48,9 @@ class StepTrainer:
         else:
             settings = expand_optimizers(optimizers, groups, level_lr_factor=1.0, total_steps=1)
             self.optimizers = [settings[name]["optimizer"].setup(params=group) for name, group in groups.items()]
-        (self._callback,) = self.model.get_training_callbacks(None)  # type: ignore[arg-type]
+        held = SimpleNamespace(optimizers=dict(enumerate(self.optimizers)))
+        attributes = TrainingCallbackAttributes(held, None, None, None)  # type: ignore[arg-type]
+        self._callbacks = self.model.get_training_callbacks(attributes)
 
     def step(self, step: int, rays: RayBundle, batch: dict[str, Tensor], extra_loss: Loss | None = None) -> None:
         """Forward, losses, backward, the check of the gradients, optimizers.
@@ -62,16 +66,21 @@ class StepTrainer:
             raise ValueError(f"step {step}: a gradient is not finite")
         for optimizer in self.optimizers:
             optimizer.step()
+        self._call(TrainingCallbackLocation.AFTER_TRAIN_ITERATION, step)
 
     def backward(self, step: int, rays: RayBundle, batch: dict[str, Tensor], extra_loss: Loss | None = None) -> None:
         """The same without the update: only gradients."""
-        self._callback.func(step=step)
+        self._call(TrainingCallbackLocation.BEFORE_TRAIN_ITERATION, step)
         self.zero_grad()
         outputs = self.model(rays)
         losses = self.model.get_loss_dict(outputs, batch, self.model.get_metrics_dict(outputs, batch))
         if extra_loss is not None:
             losses["extra_loss"] = extra_loss(outputs, batch)
         torch.stack(list(losses.values())).sum().backward()
+
+    def _call(self, location: TrainingCallbackLocation, step: int) -> None:
+        for callback in self._callbacks:
+            callback.run_callback_at_location(step, location)
 
     def zero_grad(self) -> None:
         """Clears all gradients."""

@@ -18,9 +18,10 @@ from torch import Tensor
 
 from infnerf_ns.cli.runs import open_run
 from infnerf_ns.errors import InputError
-from infnerf_ns.model import BLEND_SHARPENING, InfNeRFModel
+from infnerf_ns.model import InfNeRFModel
 from infnerf_ns.octree import Octree
 from infnerf_ns.ray_nodes import Evaluated
+from infnerf_ns.rendering import BLEND_SHARPENING
 from infnerf_ns.sampler import ORTHOGRAPHIC_FOOTPRINT
 from infnerf_ns.streaming.selection import touched_up_to, view_tiles
 

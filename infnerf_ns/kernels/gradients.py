@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import numpy as np
 import torch
+from jaxtyping import Int
 from torch import Tensor
 from torch.nn import Parameter
 
@@ -22,16 +23,33 @@ class BankGradient:
 
     def __init__(self, bank: Tensor) -> None:
         rows, page = bank.shape
-        self.grad = _zeros(bank.device, torch.float32, rows, page)
-        self.touched = _zeros(bank.device, torch.uint8, rows, -(-page // (8 << BLOCK_SHIFT)) * 8)
-        self.rows = _zeros(bank.device, torch.uint8, rows)
+        self.grad = lazy_zeros(bank.device, torch.float32, rows, page)
+        self.touched = lazy_zeros(bank.device, torch.uint8, rows, -(-page // (8 << BLOCK_SHIFT)) * 8)
+        self.rows = lazy_zeros(bank.device, torch.uint8, rows)
 
 
-def _zeros(device: torch.device, dtype: torch.dtype, *shape: int) -> Tensor:
+def lazy_zeros(device: torch.device, dtype: torch.dtype, *shape: int) -> Tensor:
+    """Zeros; on a CPU numpy's, whose pages are mapped when they are first written: memory is used only where a step
+    really writes."""
     if device.type != "cpu":
         return torch.zeros(shape, dtype=dtype, device=device)
-    # numpy's zeros map fresh pages lazily: memory is used only where a step really writes.
-    return torch.from_numpy(np.zeros(shape, dtype=np.float32 if dtype == torch.float32 else np.uint8))
+    return torch.from_numpy(np.zeros(shape, torch.empty(0, dtype=dtype).numpy().dtype))
+
+
+def moved_rows(values: Tensor, rows: Int[Tensor, "n"], written: Tensor | None = None) -> Tensor:
+    """A tensor whose rows are these of the given one; zero where the number is -1, and where nothing was written.
+
+    Args:
+        values: [N, ...].
+        rows: 0 to N - 1, or -1.
+        written: [N], zero for rows that hold zeros; None: all are copied.
+    """
+    moved = lazy_zeros(values.device, values.dtype, len(rows), *values.shape[1:])
+    known = rows >= 0
+    if written is not None:
+        known &= (written[rows.clamp(min=0)] != 0) if len(written) else False
+    moved[known] = values[rows[known]]
+    return moved
 
 
 def enable_bank_gradient(bank: Parameter) -> None:
@@ -53,3 +71,18 @@ def bank_gradient(bank: Tensor) -> BankGradient | None:
     elif bank.grad is None or bank.grad.data_ptr() != held.grad.data_ptr():
         bank.grad = held.grad
     return held
+
+
+@torch.no_grad()
+def move_bank(bank: Parameter, rows: Int[Tensor, "n"]) -> None:
+    """A bank takes over these of its rows (:func:`moved_rows`), and so does its pending gradient, if there is one."""
+    held: BankGradient | None = getattr(bank, "infnerf_gradient", None)
+    pending, bank.grad = bank.grad, None
+    bank.data = moved_rows(bank.data, rows)
+    if held is not None:
+        moved = BankGradient(bank)
+        for name in ("grad", "touched", "rows"):
+            setattr(moved, name, moved_rows(getattr(held, name), rows, held.rows))
+        bank.infnerf_gradient, bank.grad = moved, moved.grad  # type: ignore[attr-defined]
+    elif pending is not None:
+        bank.grad = moved_rows(pending, rows)

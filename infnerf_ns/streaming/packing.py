@@ -15,6 +15,8 @@ from infnerf_ns.streaming.page_files import page_path, write_page
 
 CHECKSUMS = "field.page_checksums"
 """Entry of a packed model's state: [N] checksums of the nodes' pages. Its presence says that the model is packed."""
+_OF_TRAINING = {"growth.table", "growth.age", "growth.rest"}
+"""Statistics that a growing tree decides from (:mod:`infnerf_ns.training.growth`)."""
 _LARGEST_HALF = torch.finfo(torch.float16).max
 
 Track = Callable[[Iterable[int]], Iterable[int]]
@@ -63,7 +65,7 @@ def write_pages(
 
 
 def small_state(model: dict[str, Tensor], octree: Octree, layout: PageLayout, checksums: Tensor) -> dict[str, Tensor]:
-    """A model's state without what stands in page files."""
+    """A model's state without what stands in page files, and without the statistics of a growing tree."""
     paged = {f"field.{kind}.{level}" for level in range(1, octree.depth + 1) for kind in layout.node_page(level)}
-    kept = {name: value.clone() for name, value in model.items() if name not in paged}
+    kept = {name: value.clone() for name, value in model.items() if name not in paged | _OF_TRAINING}
     return {**kept, CHECKSUMS: checksums}

@@ -175,6 +175,10 @@ def resume_candidates(load_dir: Path, relative_model_dir: Path, load_step: Optio
     return whole
 
 
+ADDED_LATER = ("_model.field.node_samples", "_model.field.maturity", "_model.growth.")
+"""Beginnings of the names that checkpoints of earlier versions lack; the model fills them in."""
+
+
 def check_fits(saved: Mapping[str, Any], current: Mapping[str, Any], what: str, path: Path) -> None:
     """Compare the names in a checkpoint with those of this run; nerfstudio would drop the difference silently.
 

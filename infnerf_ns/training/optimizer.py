@@ -16,10 +16,12 @@ from typing import Annotated
 
 import numpy as np
 import torch
+from jaxtyping import Int
 from nerfstudio.engine.optimizers import AdamOptimizerConfig
 from torch import Tensor
 
 from infnerf_ns.kernels import adam_numba, bank_gradient
+from infnerf_ns.kernels.gradients import lazy_zeros, moved_rows
 from infnerf_ns.kernels.numba_lock import numba_lock
 from infnerf_ns.validation import Range
 
@@ -55,15 +57,24 @@ class NodeAdam(torch.optim.Optimizer):
     def _moments(self, bank: Tensor) -> dict:
         state = self.state[bank]
         if "exp_avg" not in state or state["exp_avg"].shape != bank.shape:
-            # numpy's zeros map fresh pages lazily: memory is used only for nodes that were really trained.
-            empty = (
-                (lambda: torch.from_numpy(np.zeros(bank.shape, np.float32)))
-                if bank.device.type == "cpu"
-                else (lambda: torch.zeros_like(bank))
-            )
-            state["exp_avg"], state["exp_avg_sq"] = empty(), empty()
+            for name in ("exp_avg", "exp_avg_sq"):
+                state[name] = lazy_zeros(bank.device, torch.float32, *bank.shape)
             state["row_steps"] = torch.zeros(len(bank), dtype=torch.int64, device=bank.device)
         return state
+
+    @torch.no_grad()
+    def move_rows(self, bank: Tensor, rows: Int[Tensor, "n"]) -> None:
+        """The state of a bank follows its rows.
+
+        Args:
+            bank: one of the Parameters; others are ignored.
+            rows: that the bank is going to have: numbers of its present ones, or -1 for a new node, which starts clean.
+        """
+        state = self.state.get(bank)
+        if state and state["exp_avg"].shape == bank.shape:
+            trained = state["row_steps"]
+            for name in ("exp_avg", "exp_avg_sq", "row_steps"):
+                state[name] = moved_rows(state[name], rows, trained)
 
     @torch.no_grad()
     def step(self, closure=None) -> None:  # noqa: ANN001

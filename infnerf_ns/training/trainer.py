@@ -300,7 +300,12 @@ class InfNeRFTrainer(Trainer):
         names = {key.removeprefix("module."): value for key, value in state["pipeline"].items()}
         if f"_model.{CHECKSUMS}" in names:
             raise InputError(f"{path} is packed, for rendering only: train on from the run that it was packed from")
-        checkpoints.check_fits(names, self.pipeline.state_dict(), "parameters", path)
+        wanted = {
+            name: None
+            for name in self.pipeline.state_dict()
+            if name in names or not name.startswith(checkpoints.ADDED_LATER)
+        }
+        checkpoints.check_fits(names, wanted, "parameters", path)
         checkpoints.check_fits(state["optimizers"], self.optimizers.optimizers, "parameter groups", path)
         try:
             self.pipeline.load_pipeline(state["pipeline"], state["step"])
