@@ -150,8 +150,7 @@ class OctreeField(nn.Module):
         self.register_buffer("maturity", torch.ones(0))
         self.cache: StreamedNodes | None = None
         self.young = False
-        """some :attr:`maturity` is below 1: the share of a node against its parent, in training and in evaluation, while
-        it takes over from it"""
+        """some :attr:`maturity` is below 1, the share of a node against its parent while it takes over from it"""
         self.level_cap: int | None = None
         """in evaluation no sample goes deeper (the viewer's choice)"""
         self.set_octree(octree)

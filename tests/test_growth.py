@@ -3,26 +3,20 @@
 from __future__ import annotations
 
 import copy
-import math
-from types import SimpleNamespace
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from nerfstudio.engine.callbacks import TrainingCallbackAttributes
 from tiny_field import MAX_LEVEL, tiny_field, tiny_samples, tiny_tree
-from tiny_model import CONE_ALONE, ray_batch, scrambled, tiny_config, tiny_model, tiny_scene
 from torch import Tensor
 
 from infnerf_ns.field import OctreeField, in_place_gradients
 from infnerf_ns.kernels import statistics
 from infnerf_ns.kernels.statistics import COLUMNS, add_samples
-from infnerf_ns.model import InfNeRFModel
 from infnerf_ns.octree import Octree, full_octree
-from infnerf_ns.rendering import route, shade
+from infnerf_ns.rendering import route
 from infnerf_ns.training.child_pages import start_children
-from infnerf_ns.training.growth import Growth
 from infnerf_ns.training.growth_rules import GrowthConfig, births, deaths, within_budget
 from infnerf_ns.training.optimizer import NodeAdam
 from infnerf_ns.training.tree_change import change_tree
