@@ -6,11 +6,9 @@ import dataclasses
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import torch
-import tyro
 from jaxtyping import Float, Int
 from nerfstudio.cameras.camera_optimizers import CameraOptimizer, CameraOptimizerConfig
 from nerfstudio.cameras.cameras import Cameras, CameraType
@@ -52,13 +50,14 @@ from infnerf_ns.sampler import (
     sample_geometry,
     weight_quantiles,
 )
+from infnerf_ns.streaming.config import StreamingConfig
 from infnerf_ns.streaming.node_cache import budget_bytes
 from infnerf_ns.streaming.packing import CHECKSUMS
 from infnerf_ns.streaming.views import StreamedViews
 from infnerf_ns.training.growth import Growth
 from infnerf_ns.training.growth_rules import GrowthConfig
 from infnerf_ns.tree_building import SOURCES, OctreeConfig, build_tree, log_tree, require_memory
-from infnerf_ns.validation import Range
+from infnerf_ns.validation import Range, Reloadable
 
 _NORMALS_PER_RAY = 4
 """Samples of a ray whose normals are taken. The weights of a surface are spread over most samples of its ray, and each
@@ -68,19 +67,7 @@ APPEARANCE = "appearance_code"
 
 
 @dataclass
-class StreamingConfig:
-    """How a packed run (infnerf-pack) is loaded; of no effect in training."""
-
-    budget_mib: Annotated[int, Range(1)] = 1024
-    """Memory for nodes. Views that need more are drawn coarser. INFNERF_BUDGET_MIB in the environment goes before."""
-    prefetch: bool = True
-    """Load what the next camera of a path will need, if it moves on as it does."""
-    pages: Annotated[Path | None, tyro.conf.Suppress] = None
-    """Folder of the pages; set when the checkpoint is looked up."""
-
-
-@dataclass
-class InfNeRFModelConfig(ModelConfig):
+class InfNeRFModelConfig(Reloadable, ModelConfig):
     """InfNeRF: an octree of NeRFs."""
 
     _target: type = dataclasses.field(default_factory=lambda: InfNeRFModel)
@@ -459,6 +446,9 @@ class InfNeRFModel(Model):
         metrics = {"psnr": -10 * torch.log10(reconstruction.mse(predicted, target))}
         if self.training:
             metrics["distortion"] = distortion(outputs)
+            if self.config.growth.every:
+                counts = enumerate(self.field.octree.nodes_per_level)
+                metrics.update({f"nodes_level_{level}": torch.tensor(float(count)) for level, count in counts})
         self.camera_optimizer.get_metrics_dict(metrics)
         return metrics
 

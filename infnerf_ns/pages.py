@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from infnerf_ns.field_config import FieldConfig
 from infnerf_ns.kernels import HashLayout, mlp_page_size
 from infnerf_ns.octree import Octree
 
@@ -10,12 +11,12 @@ class PageLayout:
     """Layouts of the pages of all octree levels.
 
     Args:
-        config: sizes (:class:`infnerf_ns.field.FieldConfig`).
+        config: sizes.
         node_resolution: finest grid resolution of a node.
         max_level: deepest level that the tree may ever have.
     """
 
-    def __init__(self, config, node_resolution: int, max_level: int) -> None:  # noqa: ANN001
+    def __init__(self, config: FieldConfig, node_resolution: int, max_level: int) -> None:
         residual = config.children == "residual"
         table = (config.log2_table_size, config.features_per_level)
         # The root's grid covers the contracted space, in which the root cube is the middle half: twice the cells.

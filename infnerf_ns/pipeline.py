@@ -29,6 +29,7 @@ from infnerf_ns.data.pyramid import level_name
 from infnerf_ns.data.pyramid_datamanager import PyramidDataManager, PyramidDataManagerConfig
 from infnerf_ns.losses.config import SMALLEST_PATCH
 from infnerf_ns.model import APPEARANCE, InfNeRFModel, InfNeRFModelConfig
+from infnerf_ns.training.monitoring import training_pictures
 from infnerf_ns.validation import Range
 from infnerf_ns.viewer import OctreeViewer
 
@@ -173,6 +174,12 @@ class InfNeRFPipeline(VanillaPipeline):
         camera, batch = self.datamanager.next_eval_image(step)
         with self.octree_viewer.measuring():
             metrics, images = self.evaluate_photo(camera, batch)
+            photo = self.model.renderer_rgb.blend_background(batch["image"])
+            with self._without_normals():
+                rendered = images["img"][:, images["img"].shape[1] // 2 :]
+                if self.config.eval_protocol == "half":
+                    photo = photo[:, -rendered.shape[1] :]
+                images.update(training_pictures(self.model, camera, photo, rendered))
         del metrics["num_rays_per_sec"]  # the trainer reports it from num_rays
         self.train()
         return metrics, images

@@ -43,6 +43,17 @@ class Range:
         return (self.low is None or value >= self.low) and (self.high is None or value <= self.high)
 
 
+class Reloadable:
+    """A configuration dataclass that runs of earlier versions have in their config.yml: what they lack has its default.
+    (Plain defaults are attributes of the class; those that are made anew for each instance would be missing.)"""
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        for field in dataclasses.fields(self):  # type: ignore[arg-type]
+            if field.name not in state and field.default_factory is not dataclasses.MISSING:
+                state = {**state, field.name: field.default_factory()}
+        self.__dict__.update(state)
+
+
 @dataclasses.dataclass
 class Report:
     """What a check found: ``problems`` stop the program, ``warnings`` do not. One line each."""

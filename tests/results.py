@@ -9,10 +9,18 @@ from commands import TOWN, Trained
 from nerfstudio.data.dataparsers.base_dataparser import DataparserOutputs
 from PIL import Image
 from scipy.spatial import cKDTree
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from infnerf_ns.data.demo_dataparser import InfNeRFDemoDataParserConfig
 
 WIDTH, HEIGHT = TOWN["image_width"], TOWN["image_height"]
+
+
+def losses(run: Path) -> dict[int, float]:
+    """Training loss by step."""
+    events = EventAccumulator(str(run), size_guidance={"scalars": 0})
+    events.Reload()
+    return {event.step: event.value for event in events.Scalars("Train Loss")}
 
 
 def picture(path: Path) -> np.ndarray:

@@ -12,8 +12,7 @@ import pytest
 import torch
 from commands import STEPS, STEPS_PER_SAVE, Finished, Running, Trained, run_all
 from nerfstudio.utils.eval_utils import eval_setup
-from results import WIDTH, picture, town
-from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from results import WIDTH, losses, picture, town
 
 from infnerf_ns.data.pyramid import level_mean
 from infnerf_ns.image_metrics import image_metrics
@@ -21,13 +20,6 @@ from infnerf_ns.model import APPEARANCE
 from infnerf_ns.training.checkpoints import is_whole, list_checkpoints
 
 pytestmark = pytest.mark.slow
-
-
-def losses(run: Path) -> dict[int, float]:
-    """Training loss by step."""
-    events = EventAccumulator(str(run), size_guidance={"scalars": 0})
-    events.Reload()
-    return {event.step: event.value for event in events.Scalars("Train Loss")}
 
 
 # -- training ----------------------------------------------------------------------------------------------------------

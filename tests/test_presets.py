@@ -256,8 +256,8 @@ def test_every_method_is_registered_with_nerfstudio_under_its_name():
 
 
 OPTIONS = [
-    *("model.py", "field.py", "sampler.py", "tree_building.py", "pipeline.py"),
-    *("losses/config.py", "losses/schedules.py"),
+    *("model.py", "field_config.py", "sampler.py", "tree_building.py", "pipeline.py"),
+    *("losses/config.py", "losses/schedules.py", "streaming/config.py"),
     *("data/pyramid_datamanager.py", "data/demo_dataparser.py", "training/*.py", "cli/*.py"),
 ]
 """Where the options of ``ns-train infnerf`` and of the own commands are defined."""

@@ -3,6 +3,7 @@
 import tyro
 
 from infnerf_ns.cli.bench_flyin import Flyin
+from infnerf_ns.cli.bench_losses import Losses
 from infnerf_ns.cli.bench_memory import Memory
 from infnerf_ns.cli.bench_nodes import Nodes
 from infnerf_ns.cli.bench_quality import Quality
@@ -14,6 +15,7 @@ def entrypoint() -> None:
     """The console script."""
     commands = {
         "quality": Quality,
+        "losses": Losses,
         "scaling": Scaling,
         "speed": Speed,
         "nodes": Nodes,

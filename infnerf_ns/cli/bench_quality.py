@@ -80,24 +80,33 @@ class Quality:
 
     def main(self) -> None:
         """Trains, measures, prints a table, writes it and a plot."""
+        print(describe_machine())
+        table, plot = table_and_plot(self.output)
+        rows: list[dict] = []
+        for row in self.measure():
+            rows.append(row)
+            print(result_line(row), flush=True)
+            write_table(rows, table)
+        _print_table(rows)
+        _plot(rows, plot, f"{self.data.name}, {self.clock} time")
+        print(f"infnerf: wrote {table} and {plot}")
+
+    def measure(self) -> Iterator[dict]:
+        """Trains one method after the other; a row per measurement.
+
+        Raises:
+            InputError: an option is wrong; nothing has been trained.
+        """
         if not self.minutes or min(self.minutes) <= 0 or list(self.minutes) != sorted(self.minutes):
             raise InputError(f"--minutes {self.minutes}: give rising numbers above 0")
         if not self.methods:
             raise InputError("--methods: name at least one")
         configs = {method: self._config(method) for method in self.methods}  # all, before the first one trains
-        print(describe_machine())
-        table, plot = table_and_plot(self.output)
-        rows: list[dict] = []
         for number, (method, config) in enumerate(configs.items()):
             # All settings together may be too long for the name of a folder.
             config.timestamp = f"{number}-{method.partition(':')[0]}"
             for row in self._train(config):
-                rows.append({"method": method, **row})
-                print(_line(rows[-1]), flush=True)
-                write_table(rows, table)
-        _print_table(rows)
-        _plot(rows, plot, f"{self.data.name}, {self.clock} time")
-        print(f"infnerf: wrote {table} and {plot}")
+                yield {"method": method, **row}
 
     def _train(self, config: TrainerConfig) -> Iterator[dict]:
         """A row per measurement."""
@@ -149,6 +158,8 @@ class Quality:
             config = _preset_with_settings(method)
         datamanager = config.pipeline.datamanager
         datamanager.dataparser, datamanager.data = self._dataparser(), None
+        if isinstance(datamanager.dataparser, InfNeRFDemoDataParserConfig) and method != "nerfacto":
+            datamanager.dataparser.depth = config.pipeline.model.losses.wants_depth
         datamanager.camera_res_scale_factor = self.scale
         return config
 
@@ -266,7 +277,8 @@ def _lpips_without_weights() -> Iterator[None]:
         lpip.LearnedPerceptualImagePatchSimilarity = original
 
 
-def _line(row: dict) -> str:
+def result_line(row: dict) -> str:
+    """A row in words."""
     levels = " ".join(f"{value:.2f}" for name, value in row.items() if name.startswith("psnr_"))
     return (
         f"{row['method']} after {row['minutes']:g} min: {row['steps']} steps, {row['rays_per_s']} rays/s, {levels} dB"

@@ -22,7 +22,6 @@ from rich.progress import track
 
 from infnerf_ns.cli.runs import load_run_config, newest_checkpoint, place_config
 from infnerf_ns.errors import InputError
-from infnerf_ns.model import StreamingConfig
 from infnerf_ns.octree import Octree
 from infnerf_ns.pages import PageLayout
 from infnerf_ns.streaming.packing import CHECKSUMS, Track, small_state, write_pages
@@ -124,8 +123,6 @@ def pack_run(run: Path, *, half: bool, overwrite: bool, progress: Track) -> Pack
             raise OSError(failure)
         config.timestamp += _SUFFIX
         place_config(config, target)
-        if not hasattr(config.pipeline.model, "streaming"):  # of a run of an earlier version
-            config.pipeline.model.streaming = StreamingConfig()
         (work / "config.yml").write_text(yaml.dump(config), encoding="utf-8")
         transforms = folder / "dataparser_transforms.json"
         if transforms.exists():

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Annotated, Literal
 
 from infnerf_ns.losses.schedules import ScheduleName, ScheduleShape
-from infnerf_ns.validation import Range
+from infnerf_ns.validation import Range, Reloadable
 
 SMALLEST_PATCH = 8
 """Side in pixels of the patches that SSIM, LPIPS and the discriminator need."""
@@ -58,7 +58,7 @@ class LossSchedules:
 
 
 @dataclass
-class LossConfig:
+class LossConfig(Reloadable):
     """Weights of the losses; 0 switches one off."""
 
     rgb: Literal["mse", "charbonnier"] = "mse"

@@ -15,7 +15,7 @@ from infnerf_ns.streaming.page_files import page_path, write_page
 
 CHECKSUMS = "field.page_checksums"
 """Entry of a packed model's state: [N] checksums of the nodes' pages. Its presence says that the model is packed."""
-_OF_TRAINING = {"growth.table", "growth.age", "growth.rest"}
+_OF_TRAINING = {f"growth.{name}" for name in ("table", "watched", "age", "rest")}
 """Statistics that a growing tree decides from (:mod:`infnerf_ns.training.growth`)."""
 _LARGEST_HALF = torch.finfo(torch.float16).max
 

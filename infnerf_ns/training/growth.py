@@ -58,6 +58,7 @@ class Growth(nn.Module):
     def _fresh(nodes: int) -> dict[str, Tensor]:
         return {
             "table": torch.zeros(nodes, 8, len(COLUMNS), dtype=torch.float64),
+            "watched": torch.zeros(nodes, dtype=torch.float64),
             "age": torch.zeros(nodes, dtype=torch.long),
             "rest": torch.zeros(nodes, 8, dtype=torch.long),
         }
@@ -90,7 +91,7 @@ class Growth(nn.Module):
 
     def watch(self, density: Float[Tensor, "M"], routed: Routed, weights: Float[Tensor, "RS"], octree: Octree) -> Watch:
         """Samples whose part in the statistics is added when their gradient is known."""
-        return Watch(self.table, density, routed, weights, octree)
+        return Watch(self.table, self.watched, density, routed, weights, octree)
 
     @torch.no_grad()
     def round(self, step: int, field: OctreeField, optimizers: Iterable[torch.optim.Optimizer]) -> Round:
@@ -104,14 +105,14 @@ class Growth(nn.Module):
         config, optimizers = self.config, list(optimizers)
         self.age += 1
         self.rest.sub_(1).clamp_(min=0)
-        dying = growth_rules.deaths(field.octree, self.table, self.age, config)
+        dying = growth_rules.deaths(field.octree, self._rates(), self.age, config)
         died = self._per_level(field.octree.level[dying])
         if len(dying):
             parents, coords = field.octree.parent[dying], field.octree.coords[dying]
             octants = ((coords & 1) * torch.tensor([1, 2, 4], device=coords.device)).sum(-1)
             self.rest[parents, octants] = 2 * config.grace_rounds
             self._change(field, field.octree.prune(dying), optimizers)
-        born = growth_rules.births(field.octree, self.table, self.age, self.rest, self._deepest(field), config)
+        born = growth_rules.births(field.octree, self._rates(), self.age, self.rest, self._deepest(field), config)
         born = growth_rules.within_budget(born, field.octree, self._page_bytes(field), *self._room(field))
         appeared = self._per_level(field.octree.level[born.parents] + 1)
         if len(born.parents):
@@ -120,8 +121,13 @@ class Growth(nn.Module):
             start_children(field, torch.nonzero(changed.origin < 0)[:, 0])
             field.active_level.fill_(max(int(field.active_level), field.octree.depth))
         self.table *= config.memory
+        self.watched *= config.memory
         self._note(step, field.octree, appeared, died)
         return Round(appeared, died)
+
+    def _rates(self) -> Float[Tensor, "N 8 C"]:
+        """The table per step."""
+        return self.table / self.watched.clamp(min=1)[:, None, None]
 
     def _deepest(self, field: OctreeField) -> int:
         """Level below which no node is born: while levels wait for their start, none below those that have started."""
@@ -130,7 +136,7 @@ class Growth(nn.Module):
 
     def _change(self, field: OctreeField, changed: Changed, optimizers: list[torch.optim.Optimizer]) -> None:
         change_tree(field, changed, optimizers)
-        for name in ("table", "age", "rest"):
+        for name in ("table", "watched", "age", "rest"):
             setattr(self, name, moved_rows(getattr(self, name), changed.origin))
 
     def _page_bytes(self, field: OctreeField) -> list[int]:
@@ -161,17 +167,19 @@ class Watch:
     gradient with the backward pass. A step whose loss is not finite has none, and leaves no trace.
 
     Args:
-        table: [N, 8, C], of the model.
+        table, watched: [N, 8, C] sums and [N] steps, of the model.
         density: [M] of the routed samples, with a graph.
         routed: the samples.
         weights: [R * S] rendering weights.
         octree: the tree that they were routed in.
     """
 
-    def __init__(self, table: Tensor, density: Tensor, routed: Routed, weights: Tensor, octree: Octree) -> None:
+    def __init__(
+        self, table: Tensor, watched: Tensor, density: Tensor, routed: Routed, weights: Tensor, octree: Octree
+    ) -> None:
         self.error: Float[Tensor, "R"] | None = None
         """mean squared error of each ray's colour; to be set before the backward pass"""
-        self._table, self._routed, self._octree = table, routed, octree
+        self._table, self._watched, self._routed, self._octree = table, watched, routed, octree
         self._weights, self._density = weights.detach(), density.detach()
         density.register_hook(self._add)
 
@@ -179,6 +187,7 @@ class Watch:
         octree, routed = self._octree, self._routed
         if self.error is None or routed.footprints is None:
             return
+        self._watched += 1
         # The gradient of the logarithm of the density, which does not depend on the scene's scale.
         magnitude = (gradient * self._density).abs()
         add_samples(

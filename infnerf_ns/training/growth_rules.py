@@ -24,19 +24,19 @@ class GrowthConfig:
     """When the octree grows and shrinks while it trains."""
 
     every: Annotated[int, Range(0, 1_000_000)] = 0
-    """Steps between two rounds of births and deaths; 0: the tree stays as it was built."""
-    start_step: Annotated[int, Range(0, 10_000_000)] = 500
+    """Steps between two rounds of births and deaths, 1000 for example; 0: the tree stays as it was built."""
+    start_step: Annotated[int, Range(0, 10_000_000)] = 1000
     """No round before this step: until surfaces appear, samples ask for detail all over the fog."""
     end_share: Annotated[float, Range(0.0, 1.0)] = 0.7
     """Share of the training after which the tree stays as it is, so that the last nodes are trained, too."""
-    min_rays: Annotated[float, Range(1.0, 1e9)] = 400.0
-    """Rays (by rendering weight) that must ask an octant for more detail between two rounds."""
-    error_ratio: Annotated[float, Range(0.0, 100.0)] = 0.5
+    min_rays: Annotated[float, Range(1e-3, 1e9)] = 3.0
+    """Rays per step (by rendering weight) that must ask for more detail in an octant: a node with fewer hardly learns."""
+    error_ratio: Annotated[float, Range(0.0, 100.0)] = 0.3
     """A child is born where the mean error of what asks is at least this much of the whole tree's, or ..."""
     gradient_ratio: Annotated[float, Range(0.0, 100.0)] = 2.0
     """... where the mean gradient is at least this much of the whole tree's."""
-    prune_rays: Annotated[float, Range(0.0, 1e9)] = 20.0
-    """A leaf dies where rays end with less weight than this between two rounds: it is rarely visited, or empty."""
+    prune_rays: Annotated[float, Range(0.0, 1e9)] = 0.1
+    """A leaf dies where fewer rays per step (by rendering weight) end: it is rarely visited, or empty."""
     grace_rounds: Annotated[int, Range(0, 1000)] = 2
     """A node lives at least so many rounds, has no children before one, and an octant whose node has died stays empty
     for twice as many."""
@@ -66,25 +66,25 @@ class Births(NamedTuple):
 
 
 def deaths(
-    octree: Octree, table: Float[Tensor, "N 8 7"], age: Int[Tensor, "N"], config: GrowthConfig
+    octree: Octree, rates: Float[Tensor, "N 8 7"], age: Int[Tensor, "N"], config: GrowthConfig
 ) -> Int[Tensor, "D"]:
     """Leaves in which hardly any ray ends.
 
     Args:
         octree: the tree.
-        table: sums over the samples (:data:`infnerf_ns.kernels.statistics.COLUMNS`) of about a round.
+        rates: sums over the samples (:data:`infnerf_ns.kernels.statistics.COLUMNS`) per step.
         age: rounds that each node has lived.
         config: thresholds.
     """
     leaf = (octree.children < 0).all(dim=1)
-    rays = table[:, :, COLUMNS.index("weight")].sum(dim=1)
+    rays = rates[:, :, COLUMNS.index("weight")].sum(dim=1)
     dying = leaf & (rays < config.prune_rays) & (age >= config.grace_rounds) & (octree.level > 0)
     return torch.nonzero(dying)[:, 0]
 
 
 def births(
     octree: Octree,
-    table: Float[Tensor, "N 8 7"],
+    rates: Float[Tensor, "N 8 7"],
     age: Int[Tensor, "N"],
     rest: Int[Tensor, "N 8"],
     deepest: int,
@@ -94,11 +94,11 @@ def births(
 
     Args:
         octree: the tree.
-        table, age, config: as in :func:`deaths`.
+        rates, age, config: as in :func:`deaths`.
         rest: rounds for which an octant stays empty.
         deepest: level below which no node is born.
     """
-    sums = dict(zip(COLUMNS, table.unbind(dim=-1)))
+    sums = dict(zip(COLUMNS, rates.unbind(dim=-1)))
     weight = sums["asking_weight"]
     wanted = (octree.children < 0) & (weight >= config.min_rays) & (rest == 0)
     wanted &= ((octree.level < deepest) & ((age >= 1) | (octree.level == 0)))[:, None]
