@@ -305,3 +305,21 @@ def test_a_folder_with_transforms_json_needs_no_parser_name() -> None:
     for name in presets.preset_names():
         dataparser = presets.load_preset(name).pipeline.datamanager.dataparser
         assert type(dataparser) is NerfstudioDataParserConfig
+
+
+def test_runs_of_earlier_versions_get_the_defaults_of_what_they_lack():
+    """Their config.yml has no word of growth and of schedules, nor of any option that came later."""
+    config = presets.load_preset("infnerf", "cpu")
+    config.pipeline.model.losses.distortion = 0.123
+    for holder, names in (
+        (config.pipeline.model, ("growth", "streaming")),
+        (config.pipeline.model.losses, ("schedules", "multi_scale")),
+        (config.pipeline.model.octree, ("start",)),
+    ):
+        for name in names:
+            del holder.__dict__[name]
+    model = yaml.load(yaml.dump(config), Loader=yaml.Loader).pipeline.model
+    new = presets.load_preset("infnerf", "cpu").pipeline.model
+    assert model.growth == new.growth and model.streaming == new.streaming and model.octree == new.octree
+    assert model.losses.schedules == new.losses.schedules and model.losses.multi_scale == 0
+    assert model.losses.distortion == 0.123

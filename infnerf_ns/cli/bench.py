@@ -3,6 +3,7 @@
 import tyro
 
 from infnerf_ns.cli.bench_flyin import Flyin
+from infnerf_ns.cli.bench_growth import Growth
 from infnerf_ns.cli.bench_losses import Losses
 from infnerf_ns.cli.bench_memory import Memory
 from infnerf_ns.cli.bench_nodes import Nodes
@@ -16,6 +17,7 @@ def entrypoint() -> None:
     commands = {
         "quality": Quality,
         "losses": Losses,
+        "growth": Growth,
         "scaling": Scaling,
         "speed": Speed,
         "nodes": Nodes,

@@ -88,9 +88,7 @@ class Losses:
         print(f"infnerf: wrote {table}")
 
     def _train(self, name: str) -> dict:
-        # YAML's way to write numbers: it reads Python's 1e-05 as a word.
-        settings = "".join(f":{key}={yaml.safe_dump(value).splitlines()[0]}" for key, value in ROWS[name].items())
-        method = f"{self.preset}{settings}"
+        method = method_of(self.preset, name)
         quality = Quality(
             self.data,
             methods=(method,),
@@ -120,3 +118,9 @@ class Losses:
                 name, str(row["steps"]), *(f"{value:{sign}}" for value in [*values, sum(values) / len(values)])
             )
         Console(width=120).print(table)
+
+
+def method_of(preset: str, row: str) -> str:
+    """What ``infnerf-bench quality`` calls the training of a row."""
+    # YAML's way to write numbers: it reads Python's 1e-05 as a word.
+    return preset + "".join(f":{key}={yaml.safe_dump(value).splitlines()[0]}" for key, value in ROWS[row].items())

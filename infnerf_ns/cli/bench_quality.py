@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeAlias
 
 import numpy as np
 import torch
@@ -129,11 +129,15 @@ class Quality:
             rays = step * trainer.pipeline.datamanager.get_train_rays_per_batch()
             row = {"minutes": minute, "steps": step, "rays_per_s": round(rays / spent), "nodes": _num_nodes(trainer)}
             trainer.pipeline.eval()
-            dataset = trainer.pipeline.datamanager.eval_dataset
-            psnr, rate = held_out_psnr(trainer.pipeline.model, dataset, self.pixels, self.seed, now)
-            row["render_rays_per_s"] = round(rate)
+            row.update(self._measure(trainer, now))
             trainer.pipeline.train()
-            yield {**row, **{f"psnr_{level}": round(value, 2) for level, value in psnr.items()}}
+            yield row
+
+    def _measure(self, trainer: Trainer, now: Callable[[], float]) -> dict:
+        """The columns of a measurement."""
+        dataset = trainer.pipeline.datamanager.eval_dataset
+        psnr, rate = held_out_psnr(trainer.pipeline.model, dataset, self.pixels, self.seed, now)
+        return {"render_rays_per_s": round(rate), **{f"psnr_{level}": round(value, 2) for level, value in psnr.items()}}
 
     def _trainer(self, config: TrainerConfig) -> Trainer:
         config.output_dir, config.experiment_name = self.output.parent, self.output.name
@@ -159,7 +163,7 @@ class Quality:
         datamanager = config.pipeline.datamanager
         datamanager.dataparser, datamanager.data = self._dataparser(), None
         if isinstance(datamanager.dataparser, InfNeRFDemoDataParserConfig) and method != "nerfacto":
-            datamanager.dataparser.depth = config.pipeline.model.losses.wants_depth
+            datamanager.dataparser.depth |= config.pipeline.model.losses.wants_depth
         datamanager.camera_res_scale_factor = self.scale
         return config
 
@@ -221,9 +225,17 @@ def _set_rates(trainer: Trainer, step: int, done: float) -> None:
             group["lr"] = trainer.optimizers.config[name]["optimizer"].lr * factor
 
 
+Where: TypeAlias = Callable[[int, int, tuple[int, int]], np.ndarray]
+
+
 @torch.no_grad()
 def held_out_psnr(
-    model: Model, dataset: InputDataset, pixels: int, seed: int, now: Callable[[], float] = time.perf_counter
+    model: Model,
+    dataset: InputDataset,
+    pixels: int,
+    seed: int,
+    now: Callable[[], float] = time.perf_counter,
+    where: Where | None = None,
 ) -> tuple[dict[str, float], float]:
     """Mean PSNR per pyramid level over the photos of a dataset, on random pixels of each; and rendered rays per second.
 
@@ -233,6 +245,7 @@ def held_out_psnr(
         pixels: per photo and level, without replacement and not masked; all of them where a level has fewer.
         seed: the same seed takes the same pixels.
         now: clock; it runs while the model renders, not while photos are read or rays are made.
+        where: the pixels [h, w] of a photo's (its number) pyramid level that count; None: all.
     """
     generator = torch.Generator().manual_seed(seed)
     psnr: dict[str, list[Tensor]] = {}
@@ -244,6 +257,8 @@ def held_out_psnr(
             target = model.renderer_rgb.blend_background(level_mean(image, level))
             camera = level_camera(dataset.cameras[number : number + 1], level, *target.shape[:2]).to(model.device)
             valid = np.ones(target.shape[:2], bool) if mask is None else downsample_mask(mask[..., 0].numpy(), level)
+            if where is not None:
+                valid = valid & where(number, level, target.shape[:2])
             candidates = torch.from_numpy(np.flatnonzero(valid))
             if len(candidates) == 0:
                 continue

@@ -30,7 +30,7 @@ class GrowthConfig:
     end_share: Annotated[float, Range(0.0, 1.0)] = 0.7
     """Share of the training after which the tree stays as it is, so that the last nodes are trained, too."""
     min_rays: Annotated[float, Range(1e-3, 1e9)] = 3.0
-    """Rays per step (by rendering weight) that must ask for more detail in an octant: a node with fewer hardly learns."""
+    """Rays per step (by rendering weight) that must ask an octant for more detail: a node with fewer hardly learns."""
     error_ratio: Annotated[float, Range(0.0, 100.0)] = 0.3
     """A child is born where the mean error of what asks is at least this much of the whole tree's, or ..."""
     gradient_ratio: Annotated[float, Range(0.0, 100.0)] = 2.0
