@@ -3,23 +3,29 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
+from types import SimpleNamespace
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tiny_field import MAX_LEVEL, tiny_field, tiny_samples, tiny_tree
+from tiny_model import CONE_ALONE, ray_batch, tiny_config, tiny_model, tiny_scene
 from torch import Tensor
 
 from infnerf_ns.field import OctreeField, in_place_gradients
 from infnerf_ns.kernels import statistics
 from infnerf_ns.kernels.statistics import COLUMNS, add_samples
+from infnerf_ns.model import InfNeRFModel
 from infnerf_ns.octree import Octree, full_octree
 from infnerf_ns.rendering import route
 from infnerf_ns.training.child_pages import start_children
+from infnerf_ns.training.growth import Growth
 from infnerf_ns.training.growth_rules import GrowthConfig, births, deaths, within_budget
 from infnerf_ns.training.optimizer import NodeAdam
 from infnerf_ns.training.tree_change import change_tree
+from infnerf_ns.tree_building import build_tree
 
 seeds = st.integers(0, 2**31)
 KINDS = ("grids", "decoders", "proposals")
@@ -382,3 +388,107 @@ def test_a_young_child_takes_over_step_by_step() -> None:
         assert torch.allclose(shown, share * alone + (1 - share) * cut, rtol=1e-4)
         field.grow_up(0.25)
     assert not field.young
+
+
+# -- rounds of a model -------------------------------------------------------------------------------------------------
+
+
+def _growing(start: str = "root", **growth: float) -> tuple[InfNeRFModel, list[NodeAdam], Callable[[int], None]]:
+    """A model whose every second step ends with a round, its optimizers, and one step of it."""
+    torch.manual_seed(0)
+    config = tiny_config(sampler=CONE_ALONE, start=start, full_level=1, level_start_steps=0)
+    config.growth = GrowthConfig(
+        **{"every": 2, "start_step": 2, "min_rays": 0.05, "prune_rays": 0.01, "grace_rounds": 1, **growth}
+    )
+    model = tiny_model(config).train()
+    optimizers = {name: NodeAdam(group) for name, group in model.get_param_groups().items() if name != "appearance"}
+    attributes = SimpleNamespace(trainer=None, optimizers=SimpleNamespace(optimizers=optimizers))
+    before, after = model.get_training_callbacks(attributes)
+
+    def step(number: int) -> None:
+        before.func(step=number)
+        rays, batch = ray_batch(seed=number)
+        outputs = model(rays)
+        sum(model.get_loss_dict(outputs, batch, model.get_metrics_dict(outputs, batch)).values()).backward()
+        for optimizer in optimizers.values():
+            optimizer.step()
+        after.func(step=number)
+
+    return model, list(optimizers.values()), step
+
+
+def test_a_tree_starts_from_points_from_its_root_or_full() -> None:
+    scene = tiny_scene()
+    assert tiny_model(tiny_config(start="root")).field.octree.nodes_per_level == [1]
+    assert tiny_model(tiny_config(start="full", full_level=1)).field.octree.nodes_per_level == [1, 8]
+    points = tiny_model(tiny_config()).field.octree
+    assert points.num_nodes == build_tree(scene, tiny_config().octree).num_nodes > 9
+    assert "--pipeline.model.octree.full-level 5" in tiny_config(start="full", full_level=5).octree.check()[0]
+
+
+@pytest.mark.parametrize("start", ["root", "full", "points"])
+def test_a_growing_model_keeps_its_budget_and_its_history(start: str) -> None:
+    model, _, step = _growing(start, max_nodes=14 if start != "points" else 80)
+    counts = [model.field.octree.num_nodes]
+    for number in range(12):
+        step(number)
+        counts.append(model.field.octree.num_nodes)
+    assert max(counts) <= max(model.config.growth.max_nodes, counts[0]) and max(counts) > counts[0]
+    assert int(model.field.active_level) == model.field.octree.depth
+    steps, nodes, born, died = model.growth.history.unbind(dim=1)
+    assert steps[:, 0].tolist() == [1, 3, 5, 7, 9, 11]
+    assert nodes.sum(1).tolist() == counts[2::2], "the history is that of the tree"
+    assert torch.equal(nodes[1:] - nodes[:-1], (born - died)[1:])
+    table, octree = model.growth.table, model.field.octree
+    assert table.shape == (octree.num_nodes, 8, len(COLUMNS)) and bool(torch.isfinite(table).all())
+
+
+def test_memory_is_a_budget_too() -> None:
+    model, _, step = _growing(max_memory_mib=1)
+    pages = model.field.pages
+    for number in range(12):
+        step(number)
+    held = sum(pages.memory_bytes(model.field.octree))
+    assert held <= 2**20 < held + 16 * max(sum(pages.node_page(level).values()) for level in (1, 2))
+
+
+def test_a_growing_run_goes_on_from_its_checkpoint_as_if_never_stopped() -> None:
+    whole, optimizers, step = _growing()
+    for number in range(5):
+        step(number)
+    saved = copy.deepcopy((whole.state_dict(), [optimizer.state_dict() for optimizer in optimizers]))
+    again, others, step_again = _growing()
+    for number in range(3):  # another tree, which the checkpoint replaces
+        step_again(number)
+    again.load_state_dict(saved[0])
+    for optimizer, state in zip(others, saved[1]):
+        optimizer.load_state_dict(state)
+    for each, stepped in ((whole, step), (again, step_again)):
+        torch.manual_seed(7)
+        for number in range(5, 10):
+            stepped(number)
+        assert each.field.octree.num_nodes > len(saved[0]["field.tree_level"])
+    theirs, mine = whole.state_dict(), again.state_dict()
+    assert theirs.keys() == mine.keys()
+    for name, value in theirs.items():
+        assert torch.equal(value, mine[name]), name
+
+
+def test_a_checkpoint_of_a_run_that_did_not_grow_can_grow() -> None:
+    still = tiny_model(tiny_config(sampler=CONE_ALONE, level_start_steps=0))
+    state = {name: value for name, value in still.state_dict().items() if not name.startswith("growth.")}
+    del state["field.maturity"]
+    model, _, step = _growing()
+    model.load_state_dict(state)
+    nodes = model.field.octree.num_nodes
+    for number in range(8):
+        step(number)
+    assert model.field.octree.num_nodes > nodes == still.field.octree.num_nodes
+
+
+def test_no_round_comes_before_the_start_or_after_the_end() -> None:
+    model, _, _ = _growing()
+    growth = Growth(model.field.octree, 2, GrowthConfig(every=10, start_step=25, end_share=0.5))
+    due = [step for step in range(100) if growth.is_due(step, step / 100)]
+    assert due == [24, 34, 44]
+    assert not any(Growth(model.field.octree, 2, GrowthConfig()).is_due(step, 0.0) for step in range(5000))
