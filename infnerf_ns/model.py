@@ -54,7 +54,7 @@ from infnerf_ns.streaming.config import StreamingConfig
 from infnerf_ns.streaming.node_cache import budget_bytes
 from infnerf_ns.streaming.packing import CHECKSUMS
 from infnerf_ns.streaming.views import StreamedViews
-from infnerf_ns.training.growth import Growth
+from infnerf_ns.training.growth import Growth, Watch
 from infnerf_ns.training.growth_rules import GrowthConfig
 from infnerf_ns.tree_building import SOURCES, OctreeConfig, build_tree, log_tree, require_memory
 from infnerf_ns.validation import Range, Reloadable
@@ -62,6 +62,8 @@ from infnerf_ns.validation import Range, Reloadable
 _NORMALS_PER_RAY = 4
 """Samples of a ray whose normals are taken. The weights of a surface are spread over most samples of its ray, and each
 normal costs a second, differentiated look at the field."""
+_TAKE_OVER_STEPS = 1000
+"""Steps in which a young node takes over where growth is off; else it is a round."""
 APPEARANCE = "appearance_code"
 """Key of the ray metadata that holds an appearance code [R, A] to be used instead of the trained ones."""
 
@@ -114,9 +116,24 @@ class InfNeRFModelConfig(Reloadable, ModelConfig):
                 f"--pipeline.model.octree.node-resolution {resolution}: must be above"
                 f" --pipeline.model.field.base-resolution {base}"
             )
+        deepest = max(self.losses.cut_levels, default=0)
+        if deepest > self.octree.max_level:
+            problems.append(
+                f"--pipeline.model.losses.cut-levels {deepest}: must not be above"
+                f" --pipeline.model.octree.max-level {self.octree.max_level}"
+            )
         if not self.sampler.proposal_samples:
             problems.append("--pipeline.model.sampler.proposal-samples: at least one round is needed, e.g. 64 32")
         return problems
+
+    def advise(self) -> list[str]:
+        """Legal values that are rarely wanted."""
+        growing, octree = self.growth.every > 0, self.octree
+        if growing and octree.max_level == 0:
+            return ["--pipeline.model.growth.every: nothing grows, as --pipeline.model.octree.max-level is 0"]
+        if not growing and octree.start == "root" and octree.max_level > 0:
+            return ["--pipeline.model.octree.start root: stays the root alone; give --pipeline.model.growth.every 1000"]
+        return []
 
 
 class InfNeRFModel(Model):
@@ -228,8 +245,7 @@ class InfNeRFModel(Model):
             self.step = step
             spacing = self.config.octree.level_start_steps
             self.field.activate_level(step // spacing if spacing else self.config.octree.max_level)
-            if self.growth.config.every:
-                self.field.grow_up(1 / self.growth.config.every)
+            self.field.grow_up(1 / (self.growth.config.every or _TAKE_OVER_STEPS))
 
         def grow(step: int) -> None:
             if self.growth.is_due(step, self.progress):
@@ -344,10 +360,8 @@ class InfNeRFModel(Model):
             outputs["depth"] = self.renderer_depth(weights=weights, ray_samples=samples)
         if self.training:
             self.field.count_samples(shaded.routed)
-            if self.config.growth.every and shaded.density.requires_grad:
-                outputs["watch"] = self.growth.watch(
-                    shaded.density, shaded.routed, weights.reshape(-1), self.field.octree
-                )
+            if self.growth.watches(self.step, self.progress) and shaded.density.requires_grad:
+                outputs["watch"] = Watch(self.growth, self.field, shaded)
             outputs["weights_list"] = [*weights_list, weights]
             outputs["ray_samples_list"] = [*samples_list, samples]
             outputs["rays"], outputs["densities"] = ray_bundle, (shaded.density, shaded.routed.node)
@@ -442,7 +456,7 @@ class InfNeRFModel(Model):
 
     def get_metrics_dict(self, outputs: dict[str, Any], batch: dict[str, Any]) -> dict[str, Tensor]:
         """PSNR of the batch (over all its pyramid levels), distortion."""
-        predicted, target = self._rgb_pair(outputs, batch)
+        predicted, target = self.rgb_pair(outputs, batch["image"])
         metrics = {"psnr": -10 * torch.log10(reconstruction.mse(predicted, target))}
         if self.training:
             metrics["distortion"] = distortion(outputs)
@@ -452,17 +466,21 @@ class InfNeRFModel(Model):
         self.camera_optimizer.get_metrics_dict(metrics)
         return metrics
 
-    def _rgb_pair(self, outputs: dict[str, Any], batch: dict[str, Any]) -> tuple[Tensor, Tensor]:
-        target = batch["image"].to(outputs["rgb"].device)
+    def rgb_pair(
+        self, outputs: dict[str, Any], photo: Float[Tensor, "R C"]
+    ) -> tuple[Float[Tensor, "R 3"], Float[Tensor, "R 3"]]:
+        """Colours, and those of the photo (which may be transparent), in front of the same background."""
         return self.renderer_rgb.blend_background_for_loss_computation(
-            pred_image=outputs["rgb"], pred_accumulation=outputs["accumulation"], gt_image=target
+            pred_image=outputs["rgb"],
+            pred_accumulation=outputs["accumulation"],
+            gt_image=photo.to(outputs["rgb"].device),
         )
 
     def get_loss_dict(
         self, outputs: dict[str, Any], batch: dict[str, Any], metrics_dict: dict[str, Tensor] | None = None
     ) -> dict[str, Tensor]:
         """The weighted losses, by name; their weights join the metrics."""
-        pair = self._rgb_pair(outputs, batch)
+        pair = self.rgb_pair(outputs, batch["image"])
         if not self.training:
             return {"rgb_loss": getattr(reconstruction, self.config.losses.rgb)(*pair)}
         if "watch" in outputs:

@@ -97,7 +97,7 @@ class Objective(nn.Module):
         if model.step % self.config.tree_every == 0:
             values.update(self._of_nodes(model, wanted))
         if model.step % self.config.cut_every == 0 and not wanted.keys().isdisjoint(_OF_CUTS):
-            values.update(self._of_cuts(model, outputs, pair[1], wanted))
+            values.update(self._of_cuts(model, outputs, batch["image"], wanted))
         values.update(self._of_patches(outputs, batch, pair, wanted))
         if "depth" in wanted:
             predicted, target = outputs["expected_depth"][None, None, :, 0], batch["depth"][None, None]
@@ -149,7 +149,7 @@ class Objective(nn.Module):
         return values
 
     def _of_cuts(
-        self, model: InfNeRFModel, outputs: dict[str, Any], target: Float[Tensor, "R 3"], wanted: dict[str, float]
+        self, model: InfNeRFModel, outputs: dict[str, Any], photo: Float[Tensor, "R C"], wanted: dict[str, float]
     ) -> dict[str, Tensor]:
         """Losses of some of the rays, rendered once more with the tree cut at coarser levels."""
         config, octree = self.config, model.field.octree
@@ -157,23 +157,24 @@ class Objective(nn.Module):
         levels = [level for level in config.cut_levels or range(deepest) if level < deepest]
         if not levels:
             return {}
-        rays = len(target)
-        chosen = torch.arange(0, rays, max(1, rays // config.cut_rays), device=target.device)[: config.cut_rays]
+        rays, depths = len(photo), outputs["expected_depth"]
+        chosen = torch.arange(0, rays, max(1, rays // config.cut_rays), device=depths.device)[: config.cut_rays]
+        photo = photo.to(depths.device)[chosen]
         cuts = {level: model.render_cut(outputs, chosen, level, deepest) for level in sorted(set(levels))}
         cuts[deepest] = {name: outputs[name][chosen] for name in ("expected_depth", "accumulation")}
         values: dict[str, Tensor] = {}
         if "multi_scale" in wanted:
             shares = multi_scale.level_weights(sorted(set(levels)), model.progress, config.coarse_first)
             photometric = getattr(reconstruction, config.rgb)
-            parts = [photometric(cuts[level]["rgb"], target[chosen]) for level in sorted(set(levels))]
-            values["multi_scale"] = (shares.to(target) * torch.stack(parts)).sum()
+            parts = [photometric(*model.rgb_pair(cuts[level], photo)) for level in sorted(set(levels))]
+            values["multi_scale"] = (shares.to(depths) * torch.stack(parts)).sum()
         pairs = [(level, level + 1) for level in cuts if level + 1 in cuts]
         if "depth_consistency" in wanted and pairs:
             values["depth_consistency"] = torch.stack([
                 consistency.depth_consistency(
                     cuts[coarse]["expected_depth"][:, 0],
                     cuts[fine]["expected_depth"][:, 0],
-                    target.new_full((len(chosen),), octree.gsd(coarse)),
+                    depths.new_full((len(chosen),), octree.gsd(coarse)),
                 )
                 for coarse, fine in pairs
             ]).mean()  # fmt: skip

@@ -177,8 +177,6 @@ class InfNeRFPipeline(VanillaPipeline):
             photo = self.model.renderer_rgb.blend_background(batch["image"])
             with self._without_normals():
                 rendered = images["img"][:, images["img"].shape[1] // 2 :]
-                if self.config.eval_protocol == "half":
-                    photo = photo[:, -rendered.shape[1] :]
                 images.update(training_pictures(self.model, camera, photo, rendered))
         del metrics["num_rays_per_sec"]  # the trainer reports it from num_rays
         self.train()

@@ -205,9 +205,12 @@ class OctreeViewer(ViewerControl):
 
     def _build_panel(self, tree: Octree) -> None:
         """The controls for a tree; in training, a checkpoint may bring another one after the page has been made."""
-        shown, bias = False, 0.0
+        shown, bias, level, deepest = False, 0.0, ALL, tree.depth
         if self._panel is not None:
             shown, bias = bool(self._panel.wireframe.value), float(self._panel.bias.value)
+            level = self._panel.levels.value
+            capped = self._panel.max_level is not None and self._panel.max_level.value < max(self._drawn)
+            deepest = min(int(self._panel.max_level.value), tree.depth) if capped else tree.depth
             self._panel.folder.remove()
         for drawn in self._drawn.values():
             if drawn.handle is not None:
@@ -218,7 +221,8 @@ class OctreeViewer(ViewerControl):
         with folder:
             status = gui.add_markdown("")
             wireframe = gui.add_checkbox("Show octree", shown, hint="The cubes of the nodes, coloured by level")
-            levels = gui.add_dropdown("Octree level", [ALL, *_level_names(tree)])
+            names = [ALL, *_level_names(tree)]
+            levels = gui.add_dropdown("Octree level", names, level if level in names else ALL)
             nodes = gui.add_dropdown(
                 "Octree nodes",
                 [ALL, IN_VIEW, USED, RESIDENT],
@@ -233,7 +237,7 @@ class OctreeViewer(ViewerControl):
             self._panel = _Panel(folder, status, wireframe, levels, nodes, detail)
             if tree.depth > 0:
                 self._panel.max_level = gui.add_slider(
-                    "Maximum level", 0, tree.depth, 1, tree.depth, hint="Nothing is drawn by finer nodes"
+                    "Maximum level", 0, tree.depth, 1, deepest, hint="Nothing is drawn by finer nodes"
                 )
                 self._panel.max_level.on_update(self._render_again)
                 if self._cache is not None:

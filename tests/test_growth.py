@@ -115,6 +115,7 @@ def test_statistics_by_hand() -> None:
         "unit": torch.tensor([[0.2, 0.2, 0.7], [0.2, 0.3, 0.8], [0.6, 0.1, 0.1], [0.6, 1.2, 0.1]]),
         "node": torch.zeros(4, dtype=torch.long),
         "footprints": torch.tensor([fine, coarse, fine, fine]),
+        "share": torch.tensor([1.0, 1.0, 0.5, 1.0]),
         "weights": torch.tensor([0.25, 0.5, 0.75, 0.125]),
         "error": torch.tensor([2.0, 4.0]),
         "gradient": torch.tensor([1.0, 2.0, 3.0, 4.0]),
@@ -122,7 +123,7 @@ def test_statistics_by_hand() -> None:
     }
     table = _sums(tree, samples)[0]
     assert table[4].tolist() == [2, 0.75, 1.5, 3, 0.5, 1.0, 1.0]
-    assert table[1].tolist() == [1, 0.75, 3.0, 3, 0.75, 3.0, 3.0]
+    assert table[1].tolist() == [1, 0.375, 1.5, 3, 0.375, 1.5, 3.0], "half of the answer is another node's"
     assert table[3].tolist() == [1, 0.125, 0.5, 4, 0, 0, 0], "outside of the root cube"
     assert float(table.sum()) == pytest.approx(float(table[[1, 3, 4]].sum()))
 
@@ -137,6 +138,7 @@ def test_statistics_of_numba_are_the_reference(monkeypatch: pytest.MonkeyPatch) 
         "unit": routed.unit,
         "node": routed.node,
         "footprints": routed.footprints,
+        "share": torch.rand(600, generator=generator),
         "weights": torch.rand(600, generator=generator),
         "error": torch.rand(60, generator=generator),
         "gradient": torch.rand(600, generator=generator),
@@ -145,9 +147,8 @@ def test_statistics_of_numba_are_the_reference(monkeypatch: pytest.MonkeyPatch) 
     fast = _sums(tree, samples)
     monkeypatch.setattr(statistics, "on_cpu", lambda *_: False)
     assert torch.allclose(fast, _sums(tree, samples), rtol=1e-12)
-    assert int(fast[..., 0].sum()) == 600 and float(fast[..., 1].sum()) == pytest.approx(
-        float(samples["weights"].sum())
-    )
+    shared = samples["share"].double() * samples["weights"][routed.order]
+    assert int(fast[..., 0].sum()) == 600 and float(fast[..., 1].sum()) == pytest.approx(float(shared.sum()))
     assert 0 < int((fast[..., 4] > 0).sum()) < int((fast[..., 0] > 0).sum()), "some ask, some do not"
 
 
@@ -492,3 +493,44 @@ def test_no_round_comes_before_the_start_or_after_the_end() -> None:
     due = [step for step in range(100) if growth.is_due(step, step / 100)]
     assert due == [24, 34, 44]
     assert not any(Growth(model.field.octree, 2, GrowthConfig()).is_due(step, 0.0) for step in range(5000))
+
+
+def test_levels_that_have_not_started_neither_die_nor_start_with_a_birth() -> None:
+    """Regression: they got no samples, so they counted as empty leaves; and the first birth started all of them."""
+    model, optimizers, _ = _growing("points", max_nodes=1000)
+    field, growth = model.field, model.growth
+    field.active_level.fill_(1)
+    before, waiting = field.octree.nodes_per_level, field.decoders[2].data.clone()
+    for number in (3, 5, 7, 9):
+        growth.table[field.octree.level <= 1] = 1e4
+        growth.watched[field.octree.level <= 1] = 2
+        done = growth.round(number, field, optimizers)
+        assert not done.deaths.any() and int(field.active_level) == 1
+    assert field.octree.nodes_per_level[1] == 8 >= before[1] and field.octree.nodes_per_level[2] == before[2]
+    assert torch.equal(field.decoders[2].data, waiting)
+    field.activate_level(2)
+    inner = torch.nonzero(field.octree.level == 2)[:, 0]
+    parents = field.octree.row[field.octree.parent[inner]]
+    assert torch.equal(field.decoders[2].data, field.decoders[1].data[parents]), "they start from their parents"
+
+
+def test_nodes_that_were_hardly_watched_are_not_judged() -> None:
+    model, optimizers, _ = _growing("full", every=10, grace_rounds=0)
+    for watched, left in ((4.0, 9), (5.0, 1)):
+        model.growth.watched[:] = watched
+        model.growth.round(9, model.field, optimizers)
+        assert model.field.octree.num_nodes == left
+
+
+def test_a_density_that_is_infinite_leaves_the_statistics_finite() -> None:
+    model, _, step = _growing(every=100)
+    step(0)
+    rays, batch = ray_batch()
+    model.step = 1
+    outputs = model(rays)
+    watch = outputs["watch"]
+    watch.error = torch.ones(len(rays))
+    density = watch._shaded.density
+    watch._shaded = watch._shaded._replace(density=torch.full_like(density, torch.inf))
+    watch._add(torch.zeros_like(density))
+    assert bool(torch.isfinite(model.growth.table).all()) and batch

@@ -177,7 +177,7 @@ def test_statistics_of_a_step(backend: str) -> None:
     for every in (0, 10):
         torch.manual_seed(0)
         config = tiny_config({"backend": backend}, losses={**OFF, "tree_every": 10**4})
-        config.growth.every = every
+        config.growth.every, config.growth.start_step = every, 0
         model = scrambled(tiny_model(config))
         model.train()
         rays, batch = ray_batch()

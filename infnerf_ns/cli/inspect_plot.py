@@ -11,19 +11,15 @@ from typing import Any
 
 import numpy as np
 import torch
-from jaxtyping import Bool
-from torch import Tensor
 
 from infnerf_ns.cli.inspect_tree import PageCheck, StoredTree
 from infnerf_ns.cli.inspect_view import View
 from infnerf_ns.errors import InputError
 from infnerf_ns.octree import Octree
+from infnerf_ns.training.pictures import draw_nodes
 
 _DRAWN_SAMPLES = 400
 """Most nodes of a level that are drawn as points beside its box."""
-_INSET = 0.02
-"""How far a cell is drawn inside its edges, relative to the smallest and per level: a child's lines then lie beside its
-parent's."""
 _PALE = 0.35
 """Opacity of the second of two bars of a level."""
 
@@ -66,7 +62,7 @@ def plot_tree(tree: StoredTree, check: PageCheck | None, views: list[View], path
     everything = torch.ones(octree.num_nodes, dtype=torch.bool)
     planes = {(0, 1): "from above", (0, 2): "from the front", (1, 2): "from the side"}
     for axis, (plane, name) in zip(rows[1].subplots(1, 3), planes.items()):
-        _cells(axis, octree, everything, plane, colors)
+        draw_nodes(axis, octree, everything, plane, colors)
         _frame(axis, octree, plane, f"the tree {name}")
     handles = [pyplot.Rectangle((0, 0), 1, 1, color=color) for color in colors]
     labels = [f"level {level}" for level in range(octree.depth + 1)]
@@ -152,35 +148,6 @@ def _samples(axis: Any, tree: StoredTree, colors: np.ndarray) -> None:
     _level_axis(axis, tree.octree.depth + 1)
 
 
-def _cells(
-    axis: Any, octree: Octree, nodes: Bool[Tensor, "N"], plane: tuple[int, int], colors: Any, **style: Any
-) -> None:
-    """Squares of the nodes' cubes seen along the third axis, coarse ones first.
-
-    Args:
-        axis: in scene units from the middle of the root cube, along the cube's axes.
-        octree: the tree.
-        nodes: the nodes to draw.
-        plane: the two axes of the cube that are seen.
-        colors: [L, 4] of the levels.
-        style: of the squares, instead of a paler filling.
-    """
-    from matplotlib.collections import PatchCollection
-    from matplotlib.patches import Rectangle
-
-    for level in range(octree.depth + 1):
-        seen = octree.coords[nodes & (octree.level == level)][:, list(plane)].unique(dim=0)
-        size = octree.cube.side / 2**level
-        gap = level * _INSET * octree.cube.side / 2**octree.depth
-        squares = [
-            Rectangle((x + gap, y + gap), size - 2 * gap, size - 2 * gap)
-            for x, y in (seen * size - octree.cube.side / 2).tolist()
-        ]
-        paler = 0.5 + 0.5 * colors[level]  # opaque: what is finer hides what is coarser
-        lines = {"facecolor": paler, "edgecolor": colors[level], "linewidth": max(0.4, 1.6 - 0.3 * level)}
-        axis.add_collection(PatchCollection(squares, **{**lines, "zorder": level + 1, **style}))
-
-
 def _frame(axis: Any, octree: Octree, plane: tuple[int, int], title: str) -> None:
     half = 0.53 * octree.cube.side
     axis.set(xlim=(-half, half), ylim=(-half, half), aspect="equal", title=title)
@@ -201,10 +168,10 @@ def _view(row: Any, tree: StoredTree, view: View, colors: np.ndarray) -> None:
 
     coarse_to_fine = octree.depth + 2
     unseen, unused = ~view.in_view, view.in_view & ~view.used
-    _cells(above, octree, view.used, (0, 1), colors)
+    draw_nodes(above, octree, view.used, (0, 1), colors)
     outline = {"facecolor": "none", "zorder": coarse_to_fine}
-    _cells(above, octree, unseen, (0, 1), colors, **{**outline, "edgecolor": "0.6", "linewidth": 0.6})
-    _cells(above, octree, unused, (0, 1), colors, **{**outline, "linestyle": "--", "linewidth": 1.5})
+    draw_nodes(above, octree, unseen, (0, 1), colors, **{**outline, "edgecolor": "0.6", "linewidth": 0.6})
+    draw_nodes(above, octree, unused, (0, 1), colors, **{**outline, "linestyle": "--", "linewidth": 1.5})
     _frame(above, octree, (0, 1), f"{int(view.used.sum())} nodes used, {int(unused.sum())} more in view (dashed)")
     pose, side = view.camera_to_world, octree.cube.side
     place = ((octree.cube.to_unit(pose[:, 3]) - 0.5) * side).tolist()

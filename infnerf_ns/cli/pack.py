@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
 
+import torch
 import tyro
 import yaml
 from rich.progress import track
@@ -29,6 +30,7 @@ from infnerf_ns.streaming.page_files import PAGES
 from infnerf_ns.torch_compat import allow_numpy_scalars
 from infnerf_ns.training import checkpoints
 from infnerf_ns.tree_state import octree_from_state
+from infnerf_ns.validation import warn
 
 _MODEL = "_model."
 _SUFFIX = "-packed"
@@ -98,6 +100,12 @@ def pack_run(run: Path, *, half: bool, overwrite: bool, progress: Track) -> Pack
     if CHECKSUMS in model:
         raise InputError(f"{path} is packed already; pack the run that it was made from")
     octree = octree_from_state(model, "field.")
+    young = int((model.get("field.maturity", torch.ones(1)) < 1).sum())
+    if young:
+        warn(
+            f"{path}: {young} nodes have not taken over from their parents yet; a packed run shows them as if they had:"
+            " train on and pack a later checkpoint"
+        )
     layout = PageLayout(config.pipeline.model.field, octree.node_resolution, config.pipeline.model.octree.max_level)
     work = folder.with_name(f".{target.name}.unfinished")
     try:

@@ -28,6 +28,10 @@ class BankGradient:
         self.rows = lazy_zeros(bank.device, torch.uint8, rows)
 
 
+_ROWS_AT_ONCE = 16
+"""Rows that are copied together: a bank of all nodes must not stand in memory a third time."""
+
+
 def lazy_zeros(device: torch.device, dtype: torch.dtype, *shape: int) -> Tensor:
     """Zeros; on a CPU numpy's, whose pages are mapped when they are first written: memory is used only where a step
     really writes."""
@@ -48,7 +52,9 @@ def moved_rows(values: Tensor, rows: Int[Tensor, "n"], written: Tensor | None = 
     known = rows >= 0
     if written is not None:
         known &= (written[rows.clamp(min=0)] != 0) if len(written) else False
-    moved[known] = values[rows[known]]
+    places = torch.nonzero(known)[:, 0]
+    for some in places.split(_ROWS_AT_ONCE):
+        moved[some] = values[rows[some]]
     return moved
 
 

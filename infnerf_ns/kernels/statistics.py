@@ -25,6 +25,7 @@ def add_samples(
     unit: Float[Tensor, "M 3"],
     node: Int[Tensor, "M"],
     footprints: Float[Tensor, "M"],
+    share: Float[Tensor, "M"],
     weights: Float[Tensor, "RS"],
     error: Float[Tensor, "R"],
     gradient: Float[Tensor, "M"],
@@ -40,6 +41,7 @@ def add_samples(
         unit: positions in unit coordinates, sorted by node.
         node: that has evaluated each.
         footprints: radii, scene units.
+        share: of its place along the ray that each sorted sample's answer is.
         weights: rendering weights of all samples along the rays, ray by ray.
         error: of each ray; every sample is given its weight's part of it.
         gradient: magnitude, of each sorted sample.
@@ -49,8 +51,8 @@ def add_samples(
         table: float64.
     """
     per_ray = len(weights) // len(error)
-    if on_cpu(unit, footprints, weights, error, gradient):
-        arrays = map(flat, (unit, node, footprints, weights, error, gradient, order))
+    if on_cpu(unit, footprints, share, weights, error, gradient):
+        arrays = map(flat, (unit, node, footprints, share, weights, error, gradient, order))
         with numba_lock:
             statistics_numba.add_samples(
                 *arrays, per_ray, flat(level), flat(coords), np.array(gsd, np.float32), table.numpy()
@@ -59,7 +61,7 @@ def add_samples(
     of_node = level[node]
     local = unit * torch.exp2(of_node + 1.0)[:, None] - 2 * coords[node]
     octant = ((local >= 1) * torch.tensor([1, 2, 4], device=node.device)).sum(-1)
-    weight = weights[order].double()
+    weight = share.double() * weights[order]
     sums = torch.stack([torch.ones_like(weight), weight, weight * error[order // per_ray], gradient.double()], dim=1)
     inside = ((unit >= 0) & (unit < 1)).all(dim=-1)
     asks = inside & (footprints < torch.tensor(gsd, device=node.device)[of_node])

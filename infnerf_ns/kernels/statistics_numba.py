@@ -7,7 +7,7 @@ import numpy as np
 
 
 @nb.njit(cache=True, error_model="numpy", boundscheck=False)
-def add_samples(unit, node, footprints, weights, error, gradient, order, per_ray, level, coords, gsd, table):
+def add_samples(unit, node, footprints, share, weights, error, gradient, order, per_ray, level, coords, gsd, table):
     """Adds M samples, sorted by node, to table [N, 8, 7]; the other arguments as in ``add_samples`` of the room."""
     for m in range(len(node)):
         n = node[m]
@@ -18,7 +18,7 @@ def add_samples(unit, node, footprints, weights, error, gradient, order, per_ray
             upper = unit[m, axis] * scale - np.float32(2 * coords[n, axis]) >= np.float32(1)
             octant += np.int64(upper) << axis
         place = order[m]
-        weight, slope = np.float64(weights[place]), np.float64(gradient[m])
+        weight, slope = np.float64(share[m]) * weights[place], np.float64(gradient[m])
         explained = weight * error[place // per_ray]
         row = table[n, octant]
         row[0] += 1.0

@@ -112,7 +112,7 @@ class LossConfig(Reloadable):
     depth_gradient: Annotated[float, Range(0.0, 100.0)] = 0.0
     """Error of the gradients of the logarithm of depth in patches."""
     depth_scale_free: Annotated[float, Range(0.0, 1.0)] = 0.5
-    """How far the scale of the depth images is left open: 0, it is known; 1, each patch has its own."""
+    """How far the scale of the depth images is left open: 0, it is known; 1, each batch has its own."""
     balance: bool = False
     """Balance the weights of all losses but the photometric and the adversarial one by their recent variation."""
     schedules: LossSchedules = dataclasses.field(default_factory=LossSchedules)

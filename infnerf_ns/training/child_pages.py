@@ -27,6 +27,7 @@ decoder or without, come near enough (27.7): vertices that share an entry of the
 the child takes over step by step."""
 _POINTS_PER_ENTRY = 0.5
 """Points of an iteration per entry of the largest hash level."""
+_MOST_POINTS = 1 << 18
 _PLACES = 4
 """Times as many places in a node, from which the points of all iterations are drawn."""
 _ANYWHERE = 1e-3
@@ -58,7 +59,7 @@ def _fit_grid(field: OctreeField, node: Int[Tensor, ""], level: int) -> None:
     octree, bank = field.octree, field.grids[level].data
     row, parent = octree.row, octree.parent[node]
     page = torch.zeros_like(bank[:1], requires_grad=True)
-    count = int(_POINTS_PER_ENTRY * field.layouts[level].sizes.max())
+    count = min(int(_POINTS_PER_ENTRY * field.layouts[level].sizes.max()), _MOST_POINTS)
     places, chance = _places(field, node, level, _PLACES * count)
     for done in range(FIT_ROUNDS):
         unit = places[torch.multinomial(chance, count, replacement=True)]

@@ -15,10 +15,11 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from infnerf_ns.field import OctreeField, Routed
+from infnerf_ns.field import OctreeField
 from infnerf_ns.kernels.gradients import moved_rows
 from infnerf_ns.kernels.statistics import COLUMNS, add_samples
 from infnerf_ns.octree import Changed, Octree
+from infnerf_ns.rendering import Shaded
 from infnerf_ns.training import growth_rules
 from infnerf_ns.training.child_pages import start_children
 from infnerf_ns.training.growth_rules import GrowthConfig
@@ -89,9 +90,15 @@ class Growth(nn.Module):
         after = step + 1 - config.start_step
         return bool(config.every) and after >= 0 and after % config.every == 0 and progress <= config.end_share
 
-    def watch(self, density: Float[Tensor, "M"], routed: Routed, weights: Float[Tensor, "RS"], octree: Octree) -> Watch:
-        """Samples whose part in the statistics is added when their gradient is known."""
-        return Watch(self.table, self.watched, density, routed, weights, octree)
+    def watches(self, step: int, progress: float) -> bool:
+        """Whether a later round is going to decide from this step: not from the fog before the first round's own
+        steps, nor after the last round.
+
+        Args:
+            step, progress: as in :meth:`is_due`.
+        """
+        config = self.config
+        return bool(config.every) and step >= config.start_step - config.every and progress <= config.end_share
 
     @torch.no_grad()
     def round(self, step: int, field: OctreeField, optimizers: Iterable[torch.optim.Optimizer]) -> Round:
@@ -103,23 +110,26 @@ class Growth(nn.Module):
             optimizers: that hold the banks.
         """
         config, optimizers = self.config, list(optimizers)
-        self.age += 1
+        self.age += field.octree.level <= field.active_level  # the others have not started
         self.rest.sub_(1).clamp_(min=0)
-        dying = growth_rules.deaths(field.octree, self._rates(), self.age, config)
+        dying = growth_rules.deaths(field.octree, self._rates(), self._judged_age(), config)
         died = self._per_level(field.octree.level[dying])
         if len(dying):
             parents, coords = field.octree.parent[dying], field.octree.coords[dying]
             octants = ((coords & 1) * torch.tensor([1, 2, 4], device=coords.device)).sum(-1)
             self.rest[parents, octants] = 2 * config.grace_rounds
             self._change(field, field.octree.prune(dying), optimizers)
-        born = growth_rules.births(field.octree, self._rates(), self.age, self.rest, self._deepest(field), config)
+        deepest = self._deepest(field)
+        born = growth_rules.births(field.octree, self._rates(), self._judged_age(), self.rest, deepest, config)
         born = growth_rules.within_budget(born, field.octree, self._page_bytes(field), *self._room(field))
         appeared = self._per_level(field.octree.level[born.parents] + 1)
         if len(born.parents):
             changed = field.octree.subdivide(*born)
             self._change(field, changed, optimizers)
-            start_children(field, torch.nonzero(changed.origin < 0)[:, 0])
-            field.active_level.fill_(max(int(field.active_level), field.octree.depth))
+            new = torch.nonzero(changed.origin < 0)[:, 0]
+            start_children(field, new)
+            # Only now do they take part; levels below them may still wait for their start.
+            field.active_level.fill_(max(int(field.active_level), int(field.octree.level[new].max())))
         self.table *= config.memory
         self.watched *= config.memory
         self._note(step, field.octree, appeared, died)
@@ -128,6 +138,10 @@ class Growth(nn.Module):
     def _rates(self) -> Float[Tensor, "N 8 C"]:
         """The table per step."""
         return self.table / self.watched.clamp(min=1)[:, None, None]
+
+    def _judged_age(self) -> Int[Tensor, "N"]:
+        """Ages; -1 of nodes that were watched for less than half a round, of which nothing can be said."""
+        return torch.where(self.watched >= self.config.every / 2, self.age, -1)
 
     def _deepest(self, field: OctreeField) -> int:
         """Level below which no node is born: while levels wait for their start, none below those that have started."""
@@ -146,13 +160,14 @@ class Growth(nn.Module):
     def _room(self, field: OctreeField) -> tuple[int, float]:
         """Nodes and bytes that are left."""
         nodes = self.config.max_nodes - field.octree.num_nodes
+        largest = max(bank.nbytes for banks in (field.grids, field.decoders, field.proposals) for bank in banks)
         if self.config.max_memory_mib:
             held = sum(field.pages.memory_bytes(field.octree))
             return nodes, self.config.max_memory_mib * 2.0**20 - held
         device = field.octree.level.device
         on_cuda = device.type == "cuda"
         free = torch.cuda.mem_get_info(device)[0] if on_cuda else psutil.virtual_memory().available
-        return nodes, _MEMORY_SHARE * free
+        return nodes, _MEMORY_SHARE * free - largest  # a bank stands beside its successor while rows move
 
     def _per_level(self, levels: Int[Tensor, "n"]) -> Int[Tensor, "L"]:
         return torch.bincount(levels, minlength=self.max_level + 1)
@@ -167,39 +182,36 @@ class Watch:
     gradient with the backward pass. A step whose loss is not finite has none, and leaves no trace.
 
     Args:
-        table, watched: [N, 8, C] sums and [N] steps, of the model.
-        density: [M] of the routed samples, with a graph.
-        routed: the samples.
-        weights: [R * S] rendering weights.
-        octree: the tree that they were routed in.
+        growth: whose statistics these are.
+        field: whose tree the samples were routed in.
+        shaded: the samples; their density has a graph.
     """
 
-    def __init__(
-        self, table: Tensor, watched: Tensor, density: Tensor, routed: Routed, weights: Tensor, octree: Octree
-    ) -> None:
+    def __init__(self, growth: Growth, field: OctreeField, shaded: Shaded) -> None:
         self.error: Float[Tensor, "R"] | None = None
         """mean squared error of each ray's colour; to be set before the backward pass"""
-        self._table, self._watched, self._routed, self._octree = table, watched, routed, octree
-        self._weights, self._density = weights.detach(), density.detach()
-        density.register_hook(self._add)
+        self._growth, self._field, self._shaded = growth, field, shaded
+        shaded.density.register_hook(self._add)
 
     def _add(self, gradient: Float[Tensor, "M"]) -> None:
-        octree, routed = self._octree, self._routed
+        octree, routed, growth = self._field.octree, self._shaded.routed, self._growth
         if self.error is None or routed.footprints is None:
             return
-        self._watched += 1
-        # The gradient of the logarithm of the density, which does not depend on the scene's scale.
-        magnitude = (gradient * self._density).abs()
+        growth.watched += octree.level <= self._field.active_level
+        # The gradient of the logarithm of the density, which does not depend on the scene's scale. A density may be
+        # infinite, and a gradient where mixed precision scales it.
+        magnitude = (gradient * self._shaded.density.detach()).abs().nan_to_num(0.0, 0.0, 0.0)
         add_samples(
             routed.unit.detach(),
             routed.node,
             routed.footprints.detach(),
-            self._weights,
+            self._shaded.share,
+            self._shaded.weights.detach().reshape(-1),
             self.error,
             magnitude,
             routed.order,
             octree.level,
             octree.coords,
             [octree.gsd(level) for level in range(octree.depth + 1)],
-            self._table,
+            growth.table,
         )

@@ -101,7 +101,7 @@ def births(
     sums = dict(zip(COLUMNS, rates.unbind(dim=-1)))
     weight = sums["asking_weight"]
     wanted = (octree.children < 0) & (weight >= config.min_rays) & (rest == 0)
-    wanted &= ((octree.level < deepest) & ((age >= 1) | (octree.level == 0)))[:, None]
+    wanted &= ((octree.level < deepest) & (age >= 1))[:, None]
     urgent = torch.zeros_like(wanted)
     for name, ratio in (("error", config.error_ratio), ("gradient", config.gradient_ratio)):
         mean = sums[name].sum() / sums["weight"].sum().clamp(min=1e-12)

@@ -28,7 +28,7 @@ _STRIP_SIDE = 360
 
 @torch.no_grad()
 def training_pictures(
-    model: InfNeRFModel, camera: Cameras, photo: Float[Tensor, "H W 3"], rendered: Float[Tensor, "H W 3"]
+    model: InfNeRFModel, camera: Cameras, photo: Float[Tensor, "H W 3"], rendered: Float[Tensor, "H W2 3"]
 ) -> dict[str, Float[Tensor, "h w 3"]]:
     """Pictures of the state of a training, by name.
 
@@ -36,11 +36,11 @@ def training_pictures(
         model: in evaluation mode.
         camera: of a held-out photo, shape (1,).
         photo: that photo.
-        rendered: what the model shows in its place.
+        rendered: what the model shows in its place, or in that of its right part.
     """
     octree = model.field.whole_tree
     pictures = {
-        "error": error_map(rendered.cpu(), photo.cpu()),
+        "error": error_map(rendered.cpu(), photo[:, -rendered.shape[1] :].cpu()),
         "levels": _levels(model, camera, photo),
         "octree": octree_picture(octree),
         "sampling": _sampling(model, camera),

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.collections import PolyCollection
 from matplotlib.figure import Figure
@@ -90,6 +90,32 @@ def tree_history_picture(
     return rendered(figure)
 
 
+def draw_nodes(
+    axis: Any, octree: Octree, nodes: Bool[Tensor, "N"], plane: tuple[int, int], colors: np.ndarray, **style: Any
+) -> None:
+    """Squares of nodes' cubes seen along the third axis; what is finer hides what is coarser.
+
+    Args:
+        axis: matplotlib's, in scene units from the middle of the root cube, along the cube's axes.
+        octree: the tree.
+        nodes: those that are drawn.
+        plane: the two axes of the cube that are seen.
+        colors: [L, 4] of the levels.
+        style: of the squares, instead of a paler filling.
+    """
+    if not bool(nodes.any()):
+        return
+    cells = torch.cat([octree.level[:, None], octree.coords[:, list(plane)]], dim=1)[nodes].cpu().unique(dim=0)
+    level, corner = cells[:, 0].numpy(), cells[:, 1:].double().numpy()
+    size = octree.cube.side / 2.0**level
+    gap = level * _INSET * octree.cube.side / 2**octree.depth
+    low = corner * size[:, None] - octree.cube.side / 2 + gap[:, None]
+    offsets = np.array([[0, 0], [1, 0], [1, 1], [0, 1]])
+    squares = low[:, None] + offsets * (size - 2 * gap)[:, None, None]
+    paler = {"facecolor": 0.5 + 0.5 * colors[level], "edgecolor": colors[level]}
+    axis.add_collection(PolyCollection(squares, **{**paler, "linewidth": np.maximum(0.4, 1.6 - 0.3 * level), **style}))
+
+
 def octree_picture(octree: Octree) -> Float[Tensor, "H W 3"]:
     """The nodes of a tree as squares, seen from above and from the side along the root cube's axes; what is finer hides
     what is coarser."""
@@ -97,21 +123,7 @@ def octree_picture(octree: Octree) -> Float[Tensor, "H W 3"]:
     figure = Figure(figsize=(10, 5.4), dpi=DOTS_PER_INCH, layout="constrained")
     half = octree.cube.side / 2
     for axis, (plane, title) in zip(figure.subplots(1, 2), (((0, 1), "from above"), ((0, 2), "from the side"))):
-        cells = torch.cat([octree.level[:, None], octree.coords[:, list(plane)]], dim=1).cpu().unique(dim=0)
-        level, corner = cells[:, 0].numpy(), cells[:, 1:].double().numpy()
-        size = octree.cube.side / 2.0**level
-        gap = level * _INSET * octree.cube.side / 2**octree.depth
-        low = corner * size[:, None] - half + gap[:, None]
-        offsets = np.array([[0, 0], [1, 0], [1, 1], [0, 1]])
-        squares = low[:, None] + offsets * (size - 2 * gap)[:, None, None]
-        axis.add_collection(
-            PolyCollection(
-                squares,
-                facecolors=0.5 + 0.5 * colors[level],
-                edgecolors=colors[level],
-                linewidths=np.maximum(0.4, 1.6 - 0.3 * level),
-            )
-        )
+        draw_nodes(axis, octree, torch.ones_like(octree.level, dtype=torch.bool), plane, colors)
         axis.set(xlim=(-1.04 * half, 1.04 * half), ylim=(-1.04 * half, 1.04 * half), aspect="equal", title=title)
         axis.set(xlabel=f"{'xyz'[plane[0]]} in the root cube, scene units", ylabel="xyz"[plane[1]])
         axis.spines[["top", "right"]].set_visible(False)

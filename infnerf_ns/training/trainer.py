@@ -92,8 +92,15 @@ class InfNeRFTrainerConfig(TrainerConfig):
             for kind, group in self.optimizers.items()
             if group["optimizer"].lr > 0.1
         ]
-        octree = getattr(getattr(self.pipeline, "model", None), "octree", None)
-        starts = 0 if octree is None else octree.level_start_steps * octree.max_level
+        octree, growth = (getattr(getattr(self.pipeline, "model", None), name, None) for name in ("octree", "growth"))
+        deepest = 0 if octree is None else {"root": 0, "full": octree.full_level}.get(octree.start, octree.max_level)
+        starts = octree.level_start_steps * deepest if octree is not None else 0
+        if growth is not None and growth.every and growth.start_step > growth.end_share * self.max_num_iterations:
+            advice.append(
+                f"--max-num-iterations {self.max_num_iterations}: the tree never grows, as its first round is due at"
+                f" step {growth.start_step}, and none after {growth.end_share:g} of the training; lower"
+                " --pipeline.model.growth.start-step"
+            )
         if starts and starts >= self.max_num_iterations:
             last = (self.max_num_iterations - 1) // octree.level_start_steps
             advice.append(

@@ -1,7 +1,8 @@
 """A field and its optimizers take over a tree that has grown or shrunk: every node keeps its page, its gradient and its
 optimizer state; those of new nodes are zero.
 
-nerfstudio's optimizers hold the Parameters that they were built with, so the tensors inside are replaced.
+nerfstudio's optimizers hold the Parameters that they were built with, so the tensors inside are replaced. That must
+happen while no graph of an earlier step lives: torch would check the next gradient against the old shape.
 """
 
 from __future__ import annotations
