@@ -194,3 +194,18 @@ def test_statistics_of_a_step(backend: str) -> None:
     assert float(table[..., 1].sum()) == pytest.approx(float(weights.sum()))
     assert float(table[..., 2].sum()) == pytest.approx(float((weights.sum(1) * error).sum()))
     assert float(table[..., 3].sum()) > 0 and bool((table[..., 4:] <= table[..., 1:4]).all())
+
+
+def test_cuts_stand_in_front_of_the_same_background_as_their_photos() -> None:
+    """Regression: with random backgrounds a transparent photo was compared with a cut in front of black."""
+    model = _model({"multi_scale": 1.0})
+    model.renderer_rgb.background_color = "random"
+    for bank in (*model.field.grids, *model.field.decoders, *model.field.proposals):
+        bank.data.zero_()
+    model.config.color_weight_threshold = 0.1
+    rays, batch = ray_batch(RAYS)
+    rays.fars = torch.full_like(rays.pixel_area, 0.3)  # nothing but air
+    rays.nears = torch.full_like(rays.pixel_area, 0.299)
+    batch["image"] = torch.zeros(RAYS, 4)
+    losses = model.get_loss_dict(model(rays), batch, {})
+    assert float(losses["rgb_loss"]) < 1e-3 and float(losses["multi_scale_loss"]) < 1e-3

@@ -7,7 +7,8 @@ from pathlib import Path
 
 import torch
 import yaml
-from tiny_model import CONE_ALONE, scrambled, tiny_config, tiny_model, tiny_scene
+from nerfstudio.cameras.cameras import CameraType
+from tiny_model import CONE_ALONE, scrambled, tiny_camera, tiny_config, tiny_model, tiny_scene
 from torch import Tensor
 
 from infnerf_ns.model import InfNeRFModel, InfNeRFModelConfig
@@ -83,3 +84,23 @@ def tiny_run(folder: Path) -> Path:
     assert failure is None
     (run / "config.yml").write_text(yaml.dump(config))
     return run
+
+
+CAMERAS = {
+    "perspective": (CameraType.PERSPECTIVE, 60.0),
+    "close": (CameraType.PERSPECTIVE, 3000.0),
+    "fisheye": (CameraType.FISHEYE, 20.0),
+    "equirectangular": (CameraType.EQUIRECTANGULAR, 12.0),
+    "orthographic": (CameraType.ORTHOPHOTO, 200.0),
+}
+
+
+def camera(kind: str):  # noqa: ANN201
+    return tiny_camera(*CAMERAS[kind], width=48, height=32)
+
+
+def differences(one: InfNeRFModel, other: InfNeRFModel, kind: str) -> dict[str, float]:
+    """Largest difference of each output."""
+    a, b = one.get_outputs_for_camera(camera(kind)), other.get_outputs_for_camera(camera(kind))
+    assert a.keys() == b.keys() and a["rgb"].std() > 0.01
+    return {name: float((a[name] - b[name]).abs().max()) for name in a}
