@@ -24,7 +24,6 @@ from nerfstudio.model_components.renderers import (
 from nerfstudio.model_components.shaders import NormalsShader
 from nerfstudio.models.base_model import Model, ModelConfig
 from nerfstudio.utils import colormaps
-from nerfstudio.utils.math import components_from_spherical_harmonics
 from nerfstudio.utils.rich_utils import CONSOLE
 from torch import Tensor
 from torch.nn import Parameter
@@ -33,7 +32,7 @@ from infnerf_ns.checkpoint_loading import checkpoint_octree, fit_whole, open_pag
 from infnerf_ns.errors import InputError
 from infnerf_ns.field import FieldConfig, OctreeField, in_place_gradients
 from infnerf_ns.interruption import interrupted_between_chunks, may_be_interrupted
-from infnerf_ns.kernels import explain, shading
+from infnerf_ns.kernels import explain
 from infnerf_ns.losses import multi_scale, reconstruction
 from infnerf_ns.losses.config import LossConfig
 from infnerf_ns.near_plane import NearPlanes
@@ -422,20 +421,6 @@ class InfNeRFModel(Model):
             "accumulation": self.renderer_accumulation(weights=shaded.weights),
             "expected_depth": self.renderer_expected_depth(weights=shaded.weights, ray_samples=samples),
         }
-
-    def field_at(self, points: Float[Tensor, "M 3"], level: int) -> tuple[Float[Tensor, "M"], Float[Tensor, "M 3"]]:
-        """Density and colour at world positions with the tree cut at a level, seen in one random direction and with the
-        mean appearance code."""
-        field = self.field
-        routed = field.route(points, None, level)
-        density, geo = field.density(routed)
-        direction = torch.nn.functional.normalize(torch.randn(1, 3, device=points.device), dim=-1)
-        code = components_from_spherical_harmonics(levels=4, directions=direction)
-        every = torch.arange(len(points), device=points.device)
-        mean = None if field.appearance is None else field.appearance.weight.detach().mean(dim=0, keepdim=True)
-        color = field.color(routed.node, shading.color_inputs(geo, code, mean, every, torch.zeros_like(every)))
-        place = (routed.order,)
-        return torch.empty_like(density).index_put(place, density), torch.empty_like(color).index_put(place, color)
 
     def _normal_color(
         self,

@@ -7,28 +7,51 @@ configured one, times its schedule, times its share of the balance; all are logg
 from __future__ import annotations
 
 from dataclasses import fields
-from typing import TYPE_CHECKING, Any
+from functools import partial
+from typing import Any, Protocol
 
 import torch
 from jaxtyping import Float, Int
 from nerfstudio.model_components.losses import interlevel_loss, ray_samples_to_sdist
 from torch import Tensor, nn
 
+from infnerf_ns.field import OctreeField
 from infnerf_ns.losses import consistency, depth, faces, grids, multi_scale, patches, reconstruction, tree
 from infnerf_ns.losses import ray as ray_losses
 from infnerf_ns.losses.adversarial import PatchDiscriminator, adversarial_losses
 from infnerf_ns.losses.balancing import LossBalance
 from infnerf_ns.losses.config import LossConfig, LossSchedules
 from infnerf_ns.losses.schedules import schedule_factor
-
-if TYPE_CHECKING:
-    from infnerf_ns.model import InfNeRFModel
+from infnerf_ns.rendering import field_at
+from infnerf_ns.sampler import LoDSampler
 
 NAMES = tuple(field.name for field in fields(LossSchedules) if field.name != "shape")
 """Of all losses but the photometric one."""
 _OF_CUTS = ("multi_scale", "depth_consistency", "normal_consistency")
 _UNBALANCED = ("adversarial",)
 """It may be negative, and its variation says nothing."""
+
+
+class RenderingModel(Protocol):
+    """What the losses ask of the model (:class:`infnerf_ns.model.InfNeRFModel` explains it)."""
+
+    field: OctreeField
+    sampler: LoDSampler
+    step: int
+
+    @property
+    def progress(self) -> float:
+        """Share of the training that is done."""
+
+    def rgb_pair(
+        self, outputs: dict[str, Any], photo: Float[Tensor, "R C"]
+    ) -> tuple[Float[Tensor, "R 3"], Float[Tensor, "R 3"]]:
+        """Colours and those of the photo, in front of the same background."""
+
+    def render_cut(
+        self, outputs: dict[str, Any], chosen: Int[Tensor, "n"], level: int, deepest: int
+    ) -> dict[str, Tensor]:
+        """Rays of a step once more, with the tree cut at a level."""
 
 
 def distortion(outputs: dict[str, Any]) -> Float[Tensor, ""]:
@@ -67,7 +90,7 @@ class Objective(nn.Module):
 
     def forward(
         self,
-        model: InfNeRFModel,
+        model: RenderingModel,
         outputs: dict[str, Any],
         batch: dict[str, Any],
         pair: tuple[Float[Tensor, "R 3"], Float[Tensor, "R 3"]],
@@ -116,12 +139,12 @@ class Objective(nn.Module):
             metrics[f"weight_{name}"] = weight
         return losses
 
-    def _sparsity(self, model: InfNeRFModel, outputs: dict[str, Any]) -> Float[Tensor, ""]:
+    def _sparsity(self, model: RenderingModel, outputs: dict[str, Any]) -> Float[Tensor, ""]:
         octree, (density, node) = model.field.octree, outputs["densities"]
         gsd = torch.tensor([octree.gsd(level) for level in range(octree.depth + 1)], device=density.device)
         return ray_losses.sparsity(density, gsd[octree.level[node]])
 
-    def _of_nodes(self, model: InfNeRFModel, wanted: dict[str, float]) -> dict[str, Tensor]:
+    def _of_nodes(self, model: RenderingModel, wanted: dict[str, float]) -> dict[str, Tensor]:
         """Losses at random places of random nodes of a random level."""
         config, field = self.config, model.field
         octree, deepest = field.octree, int(field.active_level)
@@ -145,11 +168,11 @@ class Objective(nn.Module):
         if "face_smoothness" in wanted:
             points = faces.random_points_on_faces(octree, deepest, config.tree_nodes, config.tree_points)
             if points is not None:
-                values["face_smoothness"] = sum(faces.across_faces(points, octree, model.field_at))
+                values["face_smoothness"] = sum(faces.across_faces(points, octree, partial(field_at, field)))
         return values
 
     def _of_cuts(
-        self, model: InfNeRFModel, outputs: dict[str, Any], photo: Float[Tensor, "R C"], wanted: dict[str, float]
+        self, model: RenderingModel, outputs: dict[str, Any], photo: Float[Tensor, "R C"], wanted: dict[str, float]
     ) -> dict[str, Tensor]:
         """Losses of some of the rays, rendered once more with the tree cut at coarser levels."""
         config, octree = self.config, model.field.octree
@@ -183,7 +206,7 @@ class Objective(nn.Module):
         return values
 
     def _normals(
-        self, model: InfNeRFModel, outputs: dict[str, Any], chosen: Int[Tensor, "n"], pairs: list[tuple[int, int]]
+        self, model: RenderingModel, outputs: dict[str, Any], chosen: Int[Tensor, "n"], pairs: list[tuple[int, int]]
     ) -> Float[Tensor, ""]:
         """Consistency of normals where the chosen rays end."""
         field, rays = model.field, outputs["rays"][chosen]

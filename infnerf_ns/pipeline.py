@@ -29,7 +29,7 @@ from infnerf_ns.data.pyramid import level_name
 from infnerf_ns.data.pyramid_datamanager import PyramidDataManager, PyramidDataManagerConfig
 from infnerf_ns.losses.config import SMALLEST_PATCH
 from infnerf_ns.model import APPEARANCE, InfNeRFModel, InfNeRFModelConfig
-from infnerf_ns.training.monitoring import training_pictures
+from infnerf_ns.training_pictures import training_pictures
 from infnerf_ns.validation import Range
 from infnerf_ns.viewer import OctreeViewer
 

@@ -103,3 +103,19 @@ def shade(
     color = field.color(nodes.node.index_select(0, kept), inputs)
     rgb = rays.origins.new_zeros(count * per_ray, 3).index_add(0, place, share[kept, None] * color)
     return Shaded(rgb.reshape(count, per_ray, 3), weights, density, nodes, share)
+
+
+def field_at(
+    field: OctreeField, points: Float[Tensor, "M 3"], level: int
+) -> tuple[Float[Tensor, "M"], Float[Tensor, "M 3"]]:
+    """Density and colour at world positions with the tree cut at a level, seen in one random direction and with the
+    mean appearance code; in the caller's order."""
+    routed = field.route(points, None, level)
+    density, geo = field.density(routed)
+    direction = torch.nn.functional.normalize(torch.randn(1, 3, device=points.device), dim=-1)
+    code = components_from_spherical_harmonics(levels=4, directions=direction)
+    every = torch.arange(len(points), device=points.device)
+    mean = None if field.appearance is None else field.appearance.weight.detach().mean(dim=0, keepdim=True)
+    color = field.color(routed.node, shading.color_inputs(geo, code, mean, every, torch.zeros_like(every)))
+    place = (routed.order,)
+    return torch.empty_like(density).index_put(place, density), torch.empty_like(color).index_put(place, color)

@@ -7,7 +7,7 @@ import torch
 from nerfstudio.cameras.cameras import CameraType
 from tiny_model import CONE_ALONE, scrambled, tiny_camera, tiny_config, tiny_model
 
-from infnerf_ns.training.monitoring import training_pictures
+from infnerf_ns.training_pictures import training_pictures
 
 NAMES = {"error", "levels", "octree", "sampling"}
 
