@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import gc
+import weakref
 from collections.abc import Callable
 from types import SimpleNamespace
 
@@ -530,7 +532,22 @@ def test_a_density_that_is_infinite_leaves_the_statistics_finite() -> None:
     outputs = model(rays)
     watch = outputs["watch"]
     watch.error = torch.ones(len(rays))
-    density = watch._shaded.density
-    watch._shaded = watch._shaded._replace(density=torch.full_like(density, torch.inf))
-    watch._add(torch.zeros_like(density))
+    watch._density = torch.full_like(watch._density, torch.inf)
+    watch._add(torch.zeros_like(watch._density))
     assert bool(torch.isfinite(model.growth.table).all()) and batch
+
+
+def test_a_watched_step_leaves_nothing_in_memory() -> None:
+    """Regression: a hook that holds its own tensor is a circle through the graph, which no collector sees."""
+    model, _, _ = _growing(every=100)
+    model.step = 1
+    rays, batch = ray_batch()
+    gc.disable()
+    try:
+        outputs = model(rays)
+        left = weakref.ref(outputs["watch"]), weakref.ref(outputs["densities"][0])
+        sum(model.get_loss_dict(outputs, batch, {}).values()).backward()
+        del outputs
+        assert [each() for each in left] == [None, None]
+    finally:
+        gc.enable()

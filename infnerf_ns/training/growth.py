@@ -190,23 +190,26 @@ class Watch:
     def __init__(self, growth: Growth, field: OctreeField, shaded: Shaded) -> None:
         self.error: Float[Tensor, "R"] | None = None
         """mean squared error of each ray's colour; to be set before the backward pass"""
-        self._growth, self._field, self._shaded = growth, field, shaded
+        self._growth, self._field, self._routed = growth, field, shaded.routed
+        # Nothing with a graph: a hook that holds what leads back to it is a circle that no collector sees.
+        self._share, self._density = shaded.share.detach(), shaded.density.detach()
+        self._weights = shaded.weights.detach().reshape(-1)
         shaded.density.register_hook(self._add)
 
     def _add(self, gradient: Float[Tensor, "M"]) -> None:
-        octree, routed, growth = self._field.octree, self._shaded.routed, self._growth
+        octree, routed, growth = self._field.octree, self._routed, self._growth
         if self.error is None or routed.footprints is None:
             return
         growth.watched += octree.level <= self._field.active_level
         # The gradient of the logarithm of the density, which does not depend on the scene's scale. A density may be
         # infinite, and a gradient where mixed precision scales it.
-        magnitude = (gradient * self._shaded.density.detach()).abs().nan_to_num(0.0, 0.0, 0.0)
+        magnitude = (gradient * self._density).abs().nan_to_num(0.0, 0.0, 0.0)
         add_samples(
             routed.unit.detach(),
             routed.node,
             routed.footprints.detach(),
-            self._shaded.share,
-            self._shaded.weights.detach().reshape(-1),
+            self._share,
+            self._weights,
             self.error,
             magnitude,
             routed.order,
