@@ -15,7 +15,9 @@ pytest.importorskip("triton")
 from infnerf_ns.field import OctreeField, in_place_gradients
 from infnerf_ns.kernels import bank_gradient
 from infnerf_ns.training import optimizer as optimizer_module
+from infnerf_ns.training.child_pages import start_children
 from infnerf_ns.training.optimizer import NodeAdam
+from infnerf_ns.training.tree_change import change_tree
 
 
 def _on_device(field: OctreeField) -> OctreeField:
@@ -112,3 +114,28 @@ def test_a_gradient_follows_its_bank_to_another_device() -> None:
     anew = bank_gradient(bank)
     assert anew is not held and bank_gradient(bank) is anew and bank.grad is anew.grad
     assert {part.device for part in (anew.grad, anew.touched, anew.rows)} == {bank.device}
+
+
+def test_a_tree_that_grows_trains_on_as_on_the_cpu(with_triton: None) -> None:
+    """Banks, gradient buffers and moments are made anew in a birth."""
+    results = []
+    for backend in ("triton", "torch"):
+        field = tiny_field(backend=backend)
+        field = _on_device(field) if backend == "triton" else field
+        if backend == "triton":
+            in_place_gradients(field, DEVICE)
+        optimizer = NodeAdam([*field.grids, *field.decoders, *field.proposals], lr=1e-2)
+        for step in range(4):
+            positions, footprints = (each.to(field.tree_level.device) for each in tiny_samples(tiny_field().octree, 60))
+            field.density_at(positions, footprints).log().square().mean().backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            if step == 1:
+                octree = field.octree
+                parents, octants = torch.nonzero((octree.children < 0) & (octree.level < 3)[:, None], as_tuple=True)
+                changed = octree.subdivide(parents[::9], octants[::9])
+                change_tree(field, changed, [optimizer])
+                start_children(field, torch.nonzero(changed.origin < 0)[:, 0])
+        results.append(dict(field.named_parameters()))
+    for name, value in results[1].items():
+        assert_close(results[0][name].detach(), value.detach(), name, 2e-3)
