@@ -7,6 +7,7 @@ preset once more with other random numbers: differences of its size mean nothing
 
 from __future__ import annotations
 
+import gc
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -82,6 +83,7 @@ class Losses:
         rows: list[dict] = []
         for name in (name for name in ROWS if name in wanted):
             rows.append({"row": name, **self._train(name)})
+            gc.collect()  # a trainer is a circle of few objects and much memory
             print(result_line({**rows[-1], "method": name}), flush=True)
             write_table(rows, table)
         self._print(rows)
