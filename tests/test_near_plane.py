@@ -60,6 +60,20 @@ def test_a_small_thing_close_by_counts_before_a_crowd_of_far_points() -> None:
     assert near == pytest.approx(0.75, rel=0.02)
 
 
+def test_ground_without_points_is_not_cut_away() -> None:
+    """Regression: a camera low above a district in which structure from motion has failed took the points behind it for
+    the nearest thing; in a town without the points of one block a third of the photos lost what they show."""
+    ground = _wall(20.0, 60_000)
+    camera = _cameras()
+    camera.camera_to_worlds[0, 2, 3] = -15.0  # 5 above the ground, of which it sees 8 x 6
+    assert float(near_planes(ground, camera, FLOOR)[0]) == pytest.approx(2.5, rel=0.1)
+    hole = ground[(ground[:, 0].abs() > 3.5) | (ground[:, 1].abs() > 3.5)]
+    tower = hole + torch.tensor([0.0, 0.0, 4.0]) * (hole[:, :1] > 3.5)
+    assert float(near_planes(hole, camera, FLOOR)[0]) == pytest.approx(2.5, rel=0.1)
+    seen_far = torch.cat([tower, tower * torch.tensor([1.0, 1.0, 3.0])])
+    assert float(near_planes(seen_far, camera, FLOOR)[0]) == FLOOR, "the camera stands in the box of the points"
+
+
 def test_cameras_that_see_nothing_and_parallel_rays_get_the_floor() -> None:
     ahead, behind = _wall(10.0), _wall(10.0) * torch.tensor([1, 1, -1])
     assert near_planes(behind, _cameras(), FLOOR).tolist() == pytest.approx([FLOOR])
@@ -107,4 +121,4 @@ def test_large_captures_are_thinned_and_cameras_come_in_any_shape() -> None:
             planes(cameras[number]).tolist() == planes(cameras[number : number + 1]).tolist() == [float(nears[number])]
         )
         reach = (points - cameras.camera_to_worlds[number, :, 3]).norm(dim=-1).min()
-        assert 0.5 * reach <= nears[number] < 0.6 * reach
+        assert 0.49 * reach <= nears[number] < 0.6 * reach
