@@ -70,7 +70,9 @@ def test_ground_without_points_is_not_cut_away() -> None:
     hole = ground[(ground[:, 0].abs() > 3.5) | (ground[:, 1].abs() > 3.5)]
     assert float(near_planes(hole, camera, FLOOR)[0]) == pytest.approx(2.5, rel=0.1)
     tower = hole + torch.tensor([0.0, 0.0, 10.0]) * (hole[:, :1] > 3.5)
-    assert float(near_planes(tower, camera, FLOOR)[0]) == pytest.approx(FLOOR), "the camera stands in the box of the points"
+    assert float(near_planes(tower, camera, FLOOR)[0]) == pytest.approx(FLOOR), (
+        "the camera stands in the box of the points"
+    )
 
 
 def test_cameras_that_see_nothing_and_parallel_rays_get_the_floor() -> None:
