@@ -136,8 +136,7 @@ class Octree:
         self.node_resolution, self.gsd_sharpness = node_resolution, gsd_sharpness
         self.children = torch.full((len(level), 8), -1, dtype=torch.long, device=level.device)
         inner = torch.nonzero(self.parent >= 0)[:, 0]
-        octant = ((self.coords[inner] & 1) * torch.tensor([1, 2, 4], device=level.device)).sum(-1)
-        self.children[self.parent[inner], octant] = inner
+        self.children[self.parent[inner], self.octant[inner]] = inner
         self.nodes_per_level = torch.bincount(self.level).tolist()
         first = [0]
         for count in self.nodes_per_level:
@@ -153,6 +152,11 @@ class Octree:
     def depth(self) -> int:
         """Deepest level that has a node."""
         return len(self.nodes_per_level) - 1
+
+    @property
+    def octant(self) -> Int[Tensor, "N"]:
+        """Which child of its parent each node is: bit 0, 1, 2 = upper half in x, y, z."""
+        return ((self.coords & 1) * torch.tensor([1, 2, 4], device=self.coords.device)).sum(-1)
 
     @property
     def row(self) -> Int[Tensor, "N"]:

@@ -115,9 +115,7 @@ class Growth(nn.Module):
         dying = growth_rules.deaths(field.octree, self._rates(), self._judged_age(), config)
         died = self._per_level(field.octree.level[dying])
         if len(dying):
-            parents, coords = field.octree.parent[dying], field.octree.coords[dying]
-            octants = ((coords & 1) * torch.tensor([1, 2, 4], device=coords.device)).sum(-1)
-            self.rest[parents, octants] = 2 * config.grace_rounds
+            self.rest[field.octree.parent[dying], field.octree.octant[dying]] = 2 * config.grace_rounds
             self._change(field, field.octree.prune(dying), optimizers)
         deepest = self._deepest(field)
         born = growth_rules.births(field.octree, self._rates(), self._judged_age(), self.rest, deepest, config)
