@@ -48,7 +48,7 @@ def near_planes(points: Float[Tensor, "n 3"], cameras: Cameras, floor: float) ->
             cameras; scene units.
     """
     points = _picked(points)
-    box = points.quantile(torch.tensor(_BOX, device=points.device), dim=0) if len(points) else points.new_zeros(2, 3)
+    box = _box_around(points)
     nears = torch.full((len(cameras),), floor, device=points.device)
     for number, camera in enumerate(single_cameras(cameras)):
         if int(camera.camera_type) not in [kind.value for kind in _KINDS]:
@@ -61,11 +61,22 @@ def near_planes(points: Float[Tensor, "n 3"], cameras: Cameras, floor: float) ->
         front = front[torch.isfinite(front)]
         if int(projection.inside.sum()) >= MIN_POINTS:
             nearest = float(front.kthvalue(min(2, len(front))).values)
-            if _coverage(camera, projection) < MIN_COVERAGE:
-                place = camera.camera_to_worlds.reshape(-1, 4)[:3, 3]
-                nearest = min(nearest, float((place - place.clamp(*box)).norm()))
-            nears[number] = max(floor, NEARNESS * nearest)
+            place = camera.camera_to_worlds.reshape(-1, 4)[:3, 3]
+            nears[number] = max(floor, NEARNESS * _reach(nearest, _coverage(camera, projection), place, box))
     return nears
+
+
+def _box_around(points: Float[Tensor, "n 3"]) -> Float[Tensor, "2 3"]:
+    """Two corners of the box around the points."""
+    return points.quantile(torch.tensor(_BOX, device=points.device), dim=0) if len(points) else points.new_zeros(2, 3)
+
+
+def _reach(nearest: float, coverage: float, place: Float[Tensor, "3"], box: Float[Tensor, "2 3"]) -> float:
+    """How far a camera may look before it meets something: to the nearest point, and no farther than to the box around
+    all points where points cover too little of the image."""
+    if coverage >= MIN_COVERAGE:
+        return nearest
+    return min(nearest, float((place - place.clamp(*box)).norm()))
 
 
 def _coverage(camera: Cameras, projection: Projection) -> float:
@@ -101,17 +112,24 @@ class NearPlanes(nn.Module):
         return near_planes(self.points, cameras.flatten().to(self.points.device), float(self.floor))
 
     def of_image(self, origins: Float[Tensor, "H W 3"], directions: Float[Tensor, "H W 3"]) -> float:
-        """Near plane of an image of rays whose camera is not known: half of the distance to the second nearest point in
-        the cone around all rays; the floor for rays that do not come from one place."""
+        """Near plane of an image of rays whose camera is not known: as :func:`near_planes`, with the second nearest of
+        all points in the cone around the rays; the floor for rays that do not come from one place."""
         origin, axis = origins[0, 0], torch.nn.functional.normalize(directions.mean(dim=(0, 1)), dim=0)
         if len(self.points) < MIN_POINTS or bool((origins != origin).any()):
             return float(self.floor)
         way = self.points - origin
         distance = way.norm(dim=-1)
-        inside = distance[way @ axis >= (directions @ axis).min() * distance]
-        if len(inside) < MIN_POINTS:
+        inside = way @ axis >= (directions @ axis).min() * distance
+        if int(inside.sum()) < MIN_POINTS:
             return float(self.floor)
-        return max(float(self.floor), NEARNESS * float(inside.kthvalue(2).values))
+        nearest = float(distance[inside].kthvalue(2).values)
+        # A point is in the cell whose middle ray is nearest to it.
+        step = max(1, round(max(directions.shape[:2]) / COVERAGE_CELLS))
+        top, left = (min(step, size) // 2 for size in directions.shape[:2])
+        middles = directions[top::step, left::step].reshape(-1, 3)
+        covered = torch.unique((way[inside] @ middles.T).argmax(dim=1))
+        reach = _reach(nearest, len(covered) / len(middles), origin, _box_around(self.points))
+        return max(float(self.floor), NEARNESS * reach)
 
     def fit(self, count: int) -> None:
         """Makes room for the points of a checkpoint."""
