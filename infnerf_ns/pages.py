@@ -53,8 +53,15 @@ class PageLayout:
         sizes = {"grids": self.grids[level].page_size, "proposals": self.proposals[level].page_size}
         return {**sizes, "decoders": self._decoder_page} if self._sharing == "node" else sizes
 
+    def page_bytes(self, level: int, training: bool = False) -> int:
+        """Bytes of what a node of a level owns; in training as for :meth:`memory_bytes`."""
+        return _bytes(sum(self.node_page(level).values()), training)
+
     def memory_bytes(self, octree: Octree, training: bool = True) -> list[int]:
         """Bytes per level of the parameters; in training also of the gradient and the two moments."""
-        copies = 4 if training else 1
         shapes = self.bank_shapes(octree)[: octree.depth + 1]
-        return [sum(rows * page for rows, page in level.values()) * 4 * copies for level in shapes]
+        return [_bytes(sum(rows * page for rows, page in level.values()), training) for level in shapes]
+
+
+def _bytes(numbers: int, training: bool) -> int:
+    return numbers * 4 * (4 if training else 1)

@@ -119,7 +119,8 @@ class Growth(nn.Module):
             self._change(field, field.octree.prune(dying), optimizers)
         deepest = self._deepest(field)
         born = growth_rules.births(field.octree, self._rates(), self._judged_age(), self.rest, deepest, config)
-        born = growth_rules.within_budget(born, field.octree, self._page_bytes(field), *self._room(field))
+        page_bytes = [field.pages.page_bytes(level, training=True) for level in range(self.max_level + 1)]
+        born = growth_rules.within_budget(born, field.octree, page_bytes, *self._room(field))
         appeared = self._per_level(field.octree.level[born.parents] + 1)
         if len(born.parents):
             changed = field.octree.subdivide(*born)
@@ -150,10 +151,6 @@ class Growth(nn.Module):
         change_tree(field, changed, optimizers)
         for name in ("table", "watched", "age", "rest"):
             setattr(self, name, moved_rows(getattr(self, name), changed.origin))
-
-    def _page_bytes(self, field: OctreeField) -> list[int]:
-        """Memory of a node of each level in training: parameters, gradient, two moments."""
-        return [4 * 4 * sum(field.pages.node_page(level).values()) for level in range(self.max_level + 1)]
 
     def _room(self, field: OctreeField) -> tuple[int, float]:
         """Nodes and bytes that are left."""
