@@ -1,17 +1,19 @@
 """``infnerf-bench losses``: what each loss is worth, by held-out PSNR per pyramid level after equal minutes.
 
-One training per row: the preset with one loss switched on, at the weight written here, or off where it is on by
-default. Losses of patches are compared with a training that draws patches and has none of them. The row `seed` is the
-preset once more with other random numbers: differences of its size mean nothing.
+One training per row and seed: the preset with one loss switched on, at the weight written here, or off where it is on
+by default, against the preset with the same seed. Losses of patches are compared with trainings that draw patches and
+have none of them. How much a change differs from seed to seed says what it means.
 """
 
 from __future__ import annotations
 
 import gc
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+import numpy as np
 import yaml
 from rich.console import Console
 from rich.table import Table
@@ -22,10 +24,9 @@ from infnerf_ns.errors import InputError
 
 _LOSSES = "pipeline.model.losses."
 _PATCHES = {"pipeline.datamanager.patch_size": 16, "pipeline.datamanager.patch_share": 0.25}
-_BASE, _SEED, _PATCH_BASE = "preset", "seed", "patches"
+_BASE, _PATCH_BASE = "preset", "patches"
 ROWS: dict[str, dict[str, float | bool | str]] = {
     _BASE: {},
-    _SEED: {},
     **{f"without {name}": {_LOSSES + name: 0.0} for name in ("distortion", "inter_level", "transparency")},
     "charbonnier": {_LOSSES + "rgb": "charbonnier"},
     "multi_scale": {_LOSSES + "multi_scale": 0.1},
@@ -65,8 +66,9 @@ class Losses:
     """As for `infnerf-bench quality`."""
     pixels: int = 2048
     """Held-out pixels per photo and pyramid level."""
-    seed: int = 42
-    """Of the trainings and of the pixels."""
+    seeds: tuple[int, ...] = (42, 43)
+    """Every row is trained once with each. One row after the other with the first, then with the next: the table is
+    written after each training, so it is of use before the last one ends."""
     output: Path = Path("losses")
     """Table: this name with .csv."""
 
@@ -75,21 +77,24 @@ class Losses:
         unknown = [name for name in self.rows if name not in ROWS]
         if unknown:
             raise InputError(f"--rows {unknown[0]}: there are {', '.join(ROWS)}")
+        if not self.seeds:
+            raise InputError("--seeds: name at least one")
         chosen = self.rows or tuple(name for name in ROWS if name != "lpips")
         if str(self.data) != "demo":
             chosen = tuple(name for name in chosen if name not in _NEED_DEPTH)
         wanted = {*chosen, _BASE, *(_PATCH_BASE for name in chosen if ROWS[name].keys() >= _PATCHES.keys())}
         table, _ = table_and_plot(self.output)
         rows: list[dict] = []
-        for name in (name for name in ROWS if name in wanted):
-            rows.append({"row": name, **self._train(name)})
-            gc.collect()  # a trainer is a circle of few objects and much memory
-            print(result_line({**rows[-1], "method": name}), flush=True)
-            write_table(rows, table)
+        for seed in self.seeds:
+            for name in (name for name in ROWS if name in wanted):
+                rows.append({"row": name, "seed": seed, **self._train(name, seed)})
+                gc.collect()  # a trainer is a circle of few objects and much memory
+                print(result_line({**rows[-1], "method": name}), flush=True)
+                write_table(rows, table)
         self._print(rows)
         print(f"infnerf: wrote {table}")
 
-    def _train(self, name: str) -> dict:
+    def _train(self, name: str, seed: int) -> dict:
         method = method_of(self.preset, name)
         quality = Quality(
             self.data,
@@ -97,29 +102,44 @@ class Losses:
             minutes=(self.minutes,),
             pixels=self.pixels,
             clock=self.clock,
-            seed=self.seed + (name == _SEED),
+            seed=seed,
             output=self.output,
         )
         (row,) = quality.measure()
         return row
 
     def _print(self, rows: list[dict]) -> None:
-        """PSNR of the preset, and what each row changes."""
-        of = {row["row"]: row for row in rows}
+        """PSNR of the preset, and what each row changes, means over the seeds; the last column is the standard
+        deviation from seed to seed of the column before."""
         levels = [name for name in rows[0] if name.startswith("psnr_")]
         table = Table(title=f"held-out PSNR after {self.minutes:g} min, dB: the preset, and what a loss changes")
-        for column in ("", "steps", *(name.removeprefix("psnr_") for name in levels), "mean"):
+        for column in ("", "steps", *(name.removeprefix("psnr_") for name in levels), "mean", "±"):
             table.add_column(column, justify="left" if column == "" else "right")
-        for name, row in of.items():
-            against = None if name == _BASE else of[_BASE]
-            if ROWS[name].keys() > _PATCHES.keys():
-                against = of[_PATCH_BASE]
-            values = [row[level] - (against[level] if against else 0.0) for level in levels]
-            sign = "+.2f" if against else ".2f"
-            table.add_row(
-                name, str(row["steps"]), *(f"{value:{sign}}" for value in [*values, sum(values) / len(values)])
-            )
+        for name, steps, changes in changes_of(rows):
+            sign = ".2f" if name == _BASE else "+.2f"
+            mean = changes.mean(axis=1)
+            spread = f"{mean.std(ddof=1):.2f}" if len(mean) > 1 else ""
+            values = [*changes.mean(axis=0), mean.mean()]
+            table.add_row(name, f"{steps:.0f}", *(f"{value:{sign}}" for value in values), spread)
         Console(width=120).print(table)
+
+
+def changes_of(rows: list[dict]) -> Iterator[tuple[str, float, np.ndarray]]:
+    """Name, mean number of steps, and per seed and pyramid level [S, L] the PSNR of the preset, or for every other row
+    what it changes against the row that it is compared with, dB.
+
+    Args:
+        rows: of the table, every row with the same seeds.
+    """
+    levels = [name for name in rows[0] if name.startswith("psnr_")]
+
+    def psnr(name: str) -> np.ndarray:
+        return np.array([[float(row[level]) for level in levels] for row in rows if row["row"] == name])
+
+    for name in dict.fromkeys(row["row"] for row in rows):
+        steps = float(np.mean([float(row["steps"]) for row in rows if row["row"] == name]))
+        against = _PATCH_BASE if ROWS[name].keys() > _PATCHES.keys() else _BASE
+        yield name, steps, psnr(name) if name == _BASE else psnr(name) - psnr(against)
 
 
 def method_of(preset: str, row: str) -> str:
