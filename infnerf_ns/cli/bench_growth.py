@@ -1,33 +1,32 @@
 """``infnerf-bench growth``: does a growing tree find what its points do not know?
 
-A demo town is trained three times for equal minutes: with all points, without the points of one district, so that the
-tree has no nodes for it, and the latter with growth. Held-out pixels are told apart by where the town's exact depth
-says that their surfaces lie.
+A capture is trained three times for equal minutes: with all points, without the points of one district, so that the
+tree has no nodes for it, and the latter with growth. Held-out pixels are told apart by where their surfaces lie.
 """
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
-import numpy as np
 import torch
-from nerfstudio.data.dataparsers.base_dataparser import DataParserConfig
-from nerfstudio.data.datasets.base_dataset import InputDataset
+from nerfstudio.data.dataparsers.base_dataparser import DataParserConfig, DataparserOutputs
 from nerfstudio.engine.trainer import Trainer
 from PIL import Image
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
+from infnerf_ns.cli.bench_district import District, DistrictPixels
 from infnerf_ns.cli.bench_machine import describe_machine
 from infnerf_ns.cli.bench_output import table_and_plot, write_table
 from infnerf_ns.cli.bench_quality import Quality, held_out_psnr, result_line
 from infnerf_ns.data.demo_dataparser import InfNeRFDemoDataParserConfig
-from infnerf_ns.data.depth import downsample_depth, read_depth
-from infnerf_ns.data.pyramid_rays import level_camera
+from infnerf_ns.data.pyramid_datamanager import with_points
+from infnerf_ns.errors import InputError
 from infnerf_ns.training.image_pictures import side_by_side
 
 _GROWTH = "pipeline.model.growth.every"
@@ -35,12 +34,17 @@ _GROWTH = "pipeline.model.growth.every"
 
 @dataclass
 class Growth:
-    """PSNR in a district of the demo town whose points are missing, without growth and with it, and elsewhere."""
+    """PSNR in a district whose points are missing, without growth and with it, and elsewhere."""
 
-    size: int = 2
-    """Blocks per side of the town."""
-    district: tuple[float, float, float, float] = (0.0, 0.0, 44.0, 44.0)
-    """Least x, least y, largest x, largest y, metres: a quarter of a town of 2 x 2 blocks."""
+    data: Path = Path("demo")
+    """Capture with SfM points: as for `infnerf-bench quality`."""
+    scale: float = 1.0
+    """Size of the photos, relative."""
+    size: int = 1
+    """Blocks per side of the demo town."""
+    district: tuple[float, float, float, float] = (0.22, 0.22, 0.78, 0.78)
+    """Least x, least y, largest x, largest y in the root cube of all points, 0 to 1: the middle, without
+    which the cube stays nearly as it is."""
     preset: str = "infnerf-small"
     """Preset that is trained, perhaps with settings behind colons as for `infnerf-bench quality`."""
     every: int = 1000
@@ -62,24 +66,24 @@ class Growth:
         table, plot = table_and_plot(self.output)
         picture = plot.with_name(f"{self.output.name}-photos.png")
         trainings = {
-            "all points": (None, self.preset),
-            "without": (self.district, self.preset),
-            "without, growing": (self.district, f"{self.preset}:{_GROWTH}={self.every}"),
+            "all points": (True, self.preset),
+            "without": (False, self.preset),
+            "without, growing": (False, f"{self.preset}:{_GROWTH}={self.every}"),
         }
         rows: list[dict] = []
         images: dict[str, list[Tensor]] = {}
-        for name, (missing, method) in trainings.items():
+        for name, (complete, method) in trainings.items():
             quality = _ByDistrict(
-                Path("demo"),
+                self.data,
                 methods=(method,),
                 minutes=self.minutes,
+                scale=self.scale,
                 pixels=self.pixels,
                 clock=self.clock,
                 seed=self.seed,
                 output=self.output,
             )
-            quality.town = InfNeRFDemoDataParserConfig(size=self.size, depth=True, pointless_district=missing)
-            quality.bounds = self.district
+            quality.prepare(self.size, self.district, complete)
             for row in quality.measure():
                 rows.append({**row, "method": name})
                 print(result_line(rows[-1]), flush=True)
@@ -95,80 +99,70 @@ class Growth:
 class _ByDistrict(Quality):
     """Measures pixels in a district and elsewhere, and renders held-out photos that show it."""
 
-    town: InfNeRFDemoDataParserConfig
-    bounds: tuple[float, float, float, float]
     photos: list[Tensor]
     """that are shown"""
     renders: list[Tensor]
     """of these, by the last measurement"""
-    _district: District | None = None
+
+    def prepare(self, size: int, bounds: tuple[float, float, float, float], complete: bool) -> None:
+        """Says what is trained.
+
+        Args:
+            size: of the demo town.
+            bounds: of the district.
+            complete: with the points of the district.
+
+        Raises:
+            InputError: the capture has no points, or the district none.
+        """
+        town = str(self.data) == "demo"
+        self._parser = InfNeRFDemoDataParserConfig(size=size) if town else super()._dataparser()
+        outputs = with_points(self._parser, True).setup().get_dataparser_outputs("train")
+        points = outputs.metadata.get("points3D_xyz")
+        if points is None:
+            raise InputError(f"--data {self.data}: has no SfM points, so none can be missing")
+        self._points, self._district = points.float(), District(points.float(), bounds)
+        if not self._district.holds(self._points).any():
+            raise InputError(f"--district {' '.join(f'{x:g}' for x in bounds)}: no point lies there")
+        if not complete:
+            self._parser = without_points(self._parser, self._district)
+        self._pixels: DistrictPixels | None = None
 
     def _dataparser(self) -> DataParserConfig:
-        return self.town
+        return self._parser
 
     def _measure(self, trainer: Trainer, now: Callable[[], float]) -> dict:
         model, dataset = trainer.pipeline.model, trainer.pipeline.datamanager.eval_dataset
-        if self._district is None:
-            self._district = District(dataset, self.bounds)
-        shown = self._district.shown()
+        if self._pixels is None:
+            self._pixels = DistrictPixels(dataset.cameras, self._points, self._district)
+        shown = self._pixels.shown()
         cameras = [dataset.cameras[number : number + 1].to(model.device) for number in shown]
         self.photos = [dataset[number]["image"] for number in shown]
         self.renders = [model.get_outputs_for_camera(camera)["rgb"].cpu() for camera in cameras]
         columns: dict[str, float] = {}
-        for name, where in (("district", self._district.inside), ("elsewhere", self._district.elsewhere)):
+        for name, where in (("district", self._pixels.inside), ("elsewhere", self._pixels.elsewhere)):
             psnr, _ = held_out_psnr(model, dataset, self.pixels, self.seed, now, where)
             columns |= {f"psnr_{level} {name}": round(value, 2) for level, value in psnr.items()}
         return columns
 
 
-class District:
-    """Which pixels of photos with exact depth show a district of a demo town.
+def without_points(config: DataParserConfig, district: District) -> DataParserConfig:
+    """The config of a dataparser that hands over what another one does, but for the points in a district."""
 
-    Args:
-        dataset: the photos.
-        bounds: least x, least y, largest x, largest y, metres.
-    """
+    class Pointless(config._target):
+        def _generate_dataparser_outputs(self, split: str = "train", **kwargs: Any) -> DataparserOutputs:
+            outputs = super()._generate_dataparser_outputs(split, **kwargs)
+            points = outputs.metadata.get("points3D_xyz")
+            if points is not None:
+                kept = ~district.holds(points.float())
+                for name, value in outputs.metadata.items():
+                    if isinstance(value, Tensor) and len(value.shape) and len(value) == len(points):
+                        outputs.metadata[name] = value[kept]
+            return outputs
 
-    def __init__(self, dataset: InputDataset, bounds: tuple[float, float, float, float]) -> None:
-        self._dataset = dataset
-        self._scale = dataset._dataparser_outputs.dataparser_scale
-        self._bounds = tuple(bound * self._scale for bound in bounds)
-        self._masks: dict[tuple[int, int], tuple[np.ndarray, np.ndarray]] = {}
-
-    def inside(self, number: int, level: int, shape: tuple[int, int]) -> np.ndarray:
-        """Pixels [h, w] of a photo's (its number) pyramid level whose surfaces lie in the district."""
-        return self._both(number, level, shape)[0]
-
-    def elsewhere(self, number: int, level: int, shape: tuple[int, int]) -> np.ndarray:
-        """Pixels [h, w] of surfaces elsewhere in the town."""
-        return self._both(number, level, shape)[1]
-
-    def shown(self) -> list[int]:
-        """Two photos to look at: of those that show much of the district the nearest and the middle one."""
-        shares = [float(self.inside(number, 0, self._size(number)).mean()) for number in range(len(self._dataset))]
-        showing = [number for number, share in enumerate(shares) if share >= max(shares) / 2]
-        showing.sort(key=lambda number: float(np.median(self._depth(number))))
-        return [showing[0], showing[len(showing) // 2]]
-
-    def _both(self, number: int, level: int, shape: tuple[int, int]) -> tuple[np.ndarray, np.ndarray]:
-        if (number, level) not in self._masks:
-            rays = level_camera(self._dataset.cameras[number : number + 1], level, *shape).generate_rays(
-                camera_indices=0, keep_shape=True
-            )
-            depth = downsample_depth(self._depth(number), level)
-            along = torch.from_numpy(depth)[..., None] * self._scale * rays.metadata["directions_norm"]
-            x, y, _ = (rays.origins + rays.directions * along).unbind(dim=-1)
-            x0, y0, x1, y1 = self._bounds
-            within = ((x > x0) & (x < x1) & (y > y0) & (y < y1)).numpy()
-            self._masks[number, level] = within & (depth > 0), ~within & (depth > 0)
-        return self._masks[number, level]
-
-    def _size(self, number: int) -> tuple[int, int]:
-        camera = self._dataset.cameras[number]
-        return int(camera.height), int(camera.width)
-
-    def _depth(self, number: int) -> np.ndarray:
-        return read_depth(self._dataset.metadata["depth_filenames"][number], *self._size(number))
+    config = copy.copy(config)
+    config._target = Pointless
+    return config
 
 
 def _print(rows: list[dict]) -> None:

@@ -60,9 +60,6 @@ class InfNeRFDemoDataParserConfig(DataParserConfig):
     """Every so manieth photo is held out for evaluation."""
     load_3D_points: bool = True
     """Hand over the surface points that the training photos see, as structure from motion would find them."""
-    pointless_district: Optional[tuple[float, float, float, float]] = None
-    """Hand over no surface points in this rectangle (least x, least y, largest x, largest y; metres), as where
-    structure from motion fails."""
     depth: bool = False
     """Make exact depth images beside the photos, for --pipeline.datamanager.use-depth."""
 
@@ -87,10 +84,7 @@ class InfNeRFDemoDataParser(DataParser):
         cache_dir = config.cache_dir or Path(appdirs.user_cache_dir("infnerf_ns")) / "demo"
         scene = load_or_generate(options, Path(cache_dir))
         depths = load_or_generate_depths(scene) if config.depth else None
-        outputs = scene_outputs(scene, split, config.eval_interval, points=config.load_3D_points, depths=depths)
-        if config.pointless_district is not None and config.load_3D_points:
-            _remove_points(outputs.metadata, config.pointless_district)
-        return outputs
+        return scene_outputs(scene, split, config.eval_interval, points=config.load_3D_points, depths=depths)
 
 
 def scene_outputs(
@@ -133,15 +127,6 @@ def scene_outputs(
     )
 
 
-def _remove_points(metadata: dict, district: tuple[float, float, float, float]) -> None:
-    """Drops the points in a rectangle, metres."""
-    x0, y0, x1, y1 = (bound / METRES_PER_UNIT for bound in district)
-    x, y = metadata["points3D_xyz"][:, 0], metadata["points3D_xyz"][:, 1]
-    kept = (x < x0) | (x > x1) | (y < y0) | (y > y1)
-    for name in ("points3D_xyz", "points3D_rgb", "points3D_num_points2D", "points3D_track_footprint"):
-        metadata[name] = metadata[name][kept]
-
-
 def _check(config: InfNeRFDemoDataParserConfig) -> None:
     """Raise :class:`InputError` for the first option that makes no sense."""
     if not 1 <= config.size <= MAX_SIZE:
@@ -159,12 +144,6 @@ def _check(config: InfNeRFDemoDataParserConfig) -> None:
         )
     if not 1 <= config.supersampling <= 16:
         raise InputError(f"--supersampling {config.supersampling} is out of range: choose 1 to 16")
-    district = config.pointless_district
-    if district is not None and not (district[0] < district[2] and district[1] < district[3]):
-        raise InputError(
-            f"--pointless-district {' '.join(f'{x:g}' for x in district)} is no rectangle: give least x, least y,"
-            " largest x, largest y in metres"
-        )
     if config.eval_interval < 2:
         raise InputError(f"--eval-interval {config.eval_interval} leaves no photo to train on: choose 2 or more")
 

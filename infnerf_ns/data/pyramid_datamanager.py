@@ -166,7 +166,7 @@ class PyramidDataManager(VanillaDataManager):
         outputs.metadata = {**kept, "sfm_scene": scene}
 
         self.train_dataparser_outputs = outputs
-        self.dataparser = self._make_dataparser(_with_points(config.dataparser, False))
+        self.dataparser = self._make_dataparser(with_points(config.dataparser, False))
         self.includes_time = self.dataparser.includes_time
         self.train_dataset = self.create_train_dataset()
         self.eval_dataset = self.create_eval_dataset()
@@ -196,12 +196,12 @@ class PyramidDataManager(VanillaDataManager):
         points_error = None
         if points:
             try:
-                outputs = self._make_dataparser(_with_points(config, True)).get_dataparser_outputs(split="train")
+                outputs = self._make_dataparser(with_points(config, True)).get_dataparser_outputs(split="train")
             except Exception as error:
                 points_error = error
         if not points or points_error is not None:
             try:
-                outputs = self._make_dataparser(_with_points(config, False)).get_dataparser_outputs(split="train")
+                outputs = self._make_dataparser(with_points(config, False)).get_dataparser_outputs(split="train")
             except Exception as error:
                 raise checks.explain(error, config) from error
         if not points:
@@ -388,7 +388,7 @@ class PyramidDataManager(VanillaDataManager):
             yield level, level_camera(camera, level, *level_image.shape[:2]), level_image, level_mask
 
 
-def _with_points(config: DataParserConfig, points: bool) -> DataParserConfig:
+def with_points(config: DataParserConfig, points: bool) -> DataParserConfig:
     """A copy of the dataparser's config that loads, or does not load, SfM points."""
     config = copy.copy(config)
     if hasattr(config, "load_3D_points"):

@@ -179,7 +179,7 @@ def _observe_visible(points: Float[Tensor, "n 3"], cameras: Cameras) -> _Observa
         if len(index) == 0:
             continue
         distance = projection.distance[index]
-        front = _in_front(projection.pixels[index], distance, int(camera.width), int(camera.height))
+        front = in_front(projection.pixels[index], distance, int(camera.width), int(camera.height))
         index, distance = index[front], distance[front]
         size = point_footprint(projection.depth[index], distance, focal)
         footprints[index] = torch.minimum(footprints[index], torch.maximum(finest[index], size))
@@ -193,7 +193,7 @@ def _observe_visible(points: Float[Tensor, "n 3"], cameras: Cameras) -> _Observa
     return _Observations(footprints, counts, torch.cat(distances), torch.cat(distance_points))
 
 
-def _in_front(pixels: Float[Tensor, "n 2"], distance: Float[Tensor, "n"], width: int, height: int) -> Bool[Tensor, "n"]:
+def in_front(pixels: Float[Tensor, "n 2"], distance: Float[Tensor, "n"], width: int, height: int) -> Bool[Tensor, "n"]:
     """Which points of one photo are not hidden: a coarse z-buffer, its cells large enough to hold several points."""
     cell = max(1.0, (POINTS_PER_CELL * width * height / len(pixels)) ** 0.5)
     columns = int(width / cell) + 1
