@@ -78,6 +78,23 @@ def test_losses_that_are_off_cost_nothing(monkeypatch: pytest.MonkeyPatch) -> No
     assert set(losses) == {"rgb_loss"} and not [name for name in metrics if name.startswith("weight_")]
 
 
+def test_single_rays_alone_have_a_photometric_loss() -> None:
+    """Beside patches; where all rays are in patches, all of them have it."""
+    model = _model({"cut_rays": 16, "multi_scale": 1.0})
+    rays, batch = ray_batch(RAYS)
+    outputs, error = model(rays), {}
+    for patched in (0, 2 * SIDE**2, RAYS):
+        known = {**batch, "patch_rays": patched, "patch_size": SIDE}
+        losses = model.get_loss_dict(outputs, known, {})
+        first = patched if patched < RAYS else 0
+        expected = (outputs["rgb"] - batch["image"])[first:].square().mean()
+        assert float(losses["rgb_loss"]) == pytest.approx(float(expected))
+        error[patched] = float(losses["rgb_loss"])
+        gradient = torch.autograd.grad(losses["rgb_loss"], outputs["rgb"], retain_graph=True)[0]
+        assert not gradient[:first].any() and gradient[first:].any()
+    assert error[0] == error[RAYS] != error[2 * SIDE**2]
+
+
 def test_multi_scale_by_hand() -> None:
     """Two cuts above the deepest level 2, on every 4th ray: weights 2**(-l/2), normalised."""
     model = _model({"multi_scale": 1.0, "cut_rays": 48, "coarse_first": 0.0}, {"footprint_jitter": False})

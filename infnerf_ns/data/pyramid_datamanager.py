@@ -67,7 +67,7 @@ class PyramidDataManagerConfig(VanillaDataManagerConfig):
     """Side of the square patches that rays are drawn in; 1: single pixels."""
     patch_share: Annotated[float, Range(0.0, 1.0)] = 1.0
     """Share of the rays that are drawn in patches (at least one) where patch_size is above 1; the others are single
-    pixels."""
+    pixels, and the photometric loss is theirs alone."""
     use_depth: bool = False
     """Load the depth images of the capture, for losses on depth."""
     is_euclidean_depth: bool = False
