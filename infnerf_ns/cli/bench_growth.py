@@ -45,9 +45,10 @@ class Growth:
     district: tuple[float, float, float, float] = (0.22, 0.22, 0.78, 0.78)
     """Least x, least y, largest x, largest y in the root cube of all points, 0 to 1: the middle, without
     which the cube stays nearly as it is."""
-    preset: str = "infnerf-small"
-    """Preset that is trained, perhaps with settings behind colons as for `infnerf-bench quality`."""
-    every: int = 1000
+    preset: str = "infnerf-small:pipeline.model.octree.node_resolution=64:pipeline.model.field.log2_table_size=14"
+    """Preset that is trained, with settings behind colons as for `infnerf-bench quality`: nodes so small that a capture
+    of some minutes needs many of them, as a large one does of large ones."""
+    every: int = 500
     """Steps between two rounds of growth."""
     minutes: tuple[float, ...] = (1.0, 2.0, 4.0, 8.0)
     """When the held-out photos are measured; the last is the length of each training."""
