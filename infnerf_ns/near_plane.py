@@ -112,23 +112,27 @@ class NearPlanes(nn.Module):
         return near_planes(self.points, cameras.flatten().to(self.points.device), float(self.floor))
 
     def of_image(self, origins: Float[Tensor, "H W 3"], directions: Float[Tensor, "H W 3"]) -> float:
-        """Near plane of an image of rays whose camera is not known: as :func:`near_planes`, with the second nearest of
-        all points in the cone around the rays; the floor for rays that do not come from one place."""
-        origin, axis = origins[0, 0], torch.nn.functional.normalize(directions.mean(dim=(0, 1)), dim=0)
+        """Near plane of an image of rays whose camera is not known: as :func:`near_planes`, but for points a
+        fifth of a cell outside the image, which count too; the floor for rays that do not come from one place."""
+        origin = origins[0, 0]
         if len(self.points) < MIN_POINTS or bool((origins != origin).any()):
             return float(self.floor)
+        # A point is in the cell whose middle ray is nearest to it, and in the image if it is as near as a corner.
+        height, width = directions.shape[:2]
+        step = max(1, round(max(height, width) / COVERAGE_CELLS))
+        rows, columns = (torch.arange(min(step, size) // 2, size, step) for size in (height, width))
+        middles = directions[rows][:, columns].reshape(-1, 3)
+        row, column = rows[len(rows) // 2], columns[len(columns) // 2]
+        corner = directions[(row - step // 2).clamp(min=0), (column - step // 2).clamp(min=0)]
         way = self.points - origin
         distance = way.norm(dim=-1)
-        inside = way @ axis >= (directions @ axis).min() * distance
+        nearness, cell = (way @ middles.T).max(dim=1)
+        inside = nearness >= (corner @ directions[row, column]) * distance
         if int(inside.sum()) < MIN_POINTS:
             return float(self.floor)
         nearest = float(distance[inside].kthvalue(2).values)
-        # A point is in the cell whose middle ray is nearest to it.
-        step = max(1, round(max(directions.shape[:2]) / COVERAGE_CELLS))
-        top, left = (min(step, size) // 2 for size in directions.shape[:2])
-        middles = directions[top::step, left::step].reshape(-1, 3)
-        covered = torch.unique((way[inside] @ middles.T).argmax(dim=1))
-        reach = _reach(nearest, len(covered) / len(middles), origin, _box_around(self.points))
+        coverage = len(torch.unique(cell[inside])) / len(middles)
+        reach = _reach(nearest, coverage, origin, _box_around(self.points))
         return max(float(self.floor), NEARNESS * reach)
 
     def fit(self, count: int) -> None:

@@ -53,7 +53,7 @@ class PageLayout:
         sizes = {"grids": self.grids[level].page_size, "proposals": self.proposals[level].page_size}
         return {**sizes, "decoders": self._decoder_page} if self._sharing == "node" else sizes
 
-    def page_bytes(self, level: int, training: bool = False) -> int:
+    def page_bytes(self, level: int, training: bool = True) -> int:
         """Bytes of what a node of a level owns; in training as for :meth:`memory_bytes`."""
         return _bytes(sum(self.node_page(level).values()), training)
 

@@ -103,16 +103,56 @@ def test_three_trainings(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys
 
     monkeypatch.setattr(bench_growth, "InfNeRFDemoDataParserConfig", tiny_town)
     output = tmp_path / "growth"
-    Growth(district=BOUNDS, every=2, minutes=(0.05, 0.1), pixels=64, output=output).main()
+    preset = ":".join(
+        ["infnerf-small", "pipeline.model.growth.start_step=2", "pipeline.model.growth.min_rays=0.01"]
+        + ["pipeline.model.growth.prune_rays=0.001", "pipeline.model.octree.level_start_steps=0"]
+        + ["pipeline.model.growth.end_share=1", "pipeline.model.octree.node_resolution=32"]
+        + ["pipeline.model.field.base_resolution=8", "pipeline.model.growth.every=3"]
+    )
+    Growth(district=BOUNDS, preset=preset, every=2, minutes=(0.2, 0.4), pixels=64, output=output).main()
     with open(output.with_suffix(".csv")) as file:
         rows = list(csv.DictReader(file))
     assert [row["method"] for row in rows] == [n for n in ("all points", "without", "without, growing") for _ in "12"]
     for row in rows:
         assert all(0 < float(row[f"psnr_1 {part}"]) < 60 for part in ("district", "elsewhere"))
+        assert (int(row["births"]) > 0) == (row["method"] == "without, growing"), "also where the preset grows"
     assert int(rows[0]["nodes"]) > int(rows[2]["nodes"]), "a tree of all points, and one without those of the district"
     assert Image.open(output.with_suffix(".png")).size[0] > 300
-    pictures = np.asarray(Image.open(output.with_name("growth-photos.png")))
-    assert pictures.shape[1] > 3 * 32 and pictures.std() > 10
+    assert np.asarray(Image.open(output.with_name("growth-photos.png"))).shape[1] > 3 * 32
     assert "held-out PSNR at the end" in capsys.readouterr().out
-    with pytest.raises(InputError, match="--district 2 2 3 3: no point lies there"):
-        Growth(district=(2.0, 2.0, 3.0, 3.0), output=output).main()
+
+
+def test_photos_beside_their_renders_in_one_picture(tmp_path: Path) -> None:
+    """A column per training, whatever the photos' sizes."""
+    images = {
+        name: [torch.full((240, 320, 3), value), torch.full((320, 240, 3), value)]
+        for name, value in (("photo", 0.2), ("all points", 0.4), ("without", 0.6))
+    }
+    bench_growth._draw(images, tmp_path / "photos.png")
+    picture = np.asarray(Image.open(tmp_path / "photos.png"))
+    colors, counts = np.unique(picture.reshape(-1, 3), axis=0, return_counts=True)
+    for value in (51, 102, 153):
+        assert counts[(colors == value).all(axis=1)].sum() > 0.15 * picture.shape[0] * picture.shape[1]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"district": (2.0, 2.0, 3.0, 3.0)}, "--district 2 2 3 3: no point lies there"),
+        ({"district": (-9.0, -9.0, 9.0, 9.0)}, "--district -9 -9 9 9: is the whole scene"),
+        ({"every": 0}, "--every 0: give at least 1"),
+        ({"preset": "root"}, "--preset root: there are infnerf"),
+        ({"minutes": (2.0, 1.0)}, "--minutes"),
+        ({"data": Path("nowhere")}, "--data nowhere: there is neither"),
+    ],
+)
+def test_wrong_options_before_anything_is_trained(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, options: dict, message: str
+) -> None:
+    def tiny_town(**settings: object) -> InfNeRFDemoDataParserConfig:
+        return InfNeRFDemoDataParserConfig(**{**TOWN, **settings}, cache_dir=tmp_path)
+
+    monkeypatch.setattr(bench_growth, "InfNeRFDemoDataParserConfig", tiny_town)
+    monkeypatch.setattr(bench_quality.Quality, "_train", lambda *_: pytest.fail("nothing may be trained"))
+    with pytest.raises(InputError, match=message):
+        Growth(**{"output": tmp_path / "growth", **options}).main()

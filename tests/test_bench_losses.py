@@ -61,3 +61,7 @@ def test_losses_are_compared_with_what_they_share(tmp_path: Path, capsys: pytest
     assert row.count("+") + row.count("-") >= sum(name.startswith("psnr_") for name in rows[0]), "changes"
     with pytest.raises(InputError, match="--rows nonsense: there are preset, without distortion"):
         Losses(tmp_path / "data", rows=("nonsense",)).main()
+    with pytest.raises(InputError, match="--seeds: name at least one, and each only once"):
+        Losses(tmp_path / "data", seeds=(42, 42)).main()
+    with pytest.raises(InputError, match="--preset nerfacto: there are infnerf"):
+        Losses(tmp_path / "data", preset="nerfacto").main()

@@ -69,9 +69,15 @@ def test_ground_without_points_is_not_cut_away() -> None:
     assert float(near_planes(ground, camera, FLOOR)[0]) == pytest.approx(2.5, rel=0.1)
     hole = ground[(ground[:, 0].abs() > 3.5) | (ground[:, 1].abs() > 3.5)]
     assert float(near_planes(hole, camera, FLOOR)[0]) == pytest.approx(2.5, rel=0.1)
-    rays = camera.generate_rays(camera_indices=0, keep_shape=True)
-    assert NearPlanes(hole, FLOOR).of_image(rays.origins, rays.directions) == pytest.approx(2.5, rel=0.1)
-    assert NearPlanes(hole, FLOOR).of_image(rays.origins[:1], rays.directions[:1]) > FLOOR, "an image of one row"
+    for width, height in ((64, 48), (160, 90)):
+        wide = _cameras(width=width, height=height)
+        wide.fx, wide.fy = wide.fx * width / 64, wide.fy * width / 64
+        wide.camera_to_worlds = camera.camera_to_worlds
+        rays = wide.generate_rays(camera_indices=0, keep_shape=True)
+        assert NearPlanes(hole, FLOOR).of_image(rays.origins, rays.directions) == pytest.approx(2.5, rel=0.1)
+        assert NearPlanes(hole, FLOOR).of_image(rays.origins[:1], rays.directions[:1]) >= FLOOR, "an image of one row"
+        around = ground[(ground[:, :2].abs() > torch.tensor([5.0, 5.0])).any(dim=1)]
+        assert NearPlanes(around, FLOOR).of_image(rays.origins, rays.directions) == pytest.approx(FLOOR), "none in it"
     tower = hole + torch.tensor([0.0, 0.0, 10.0]) * (hole[:, :1] > 3.5)
     assert float(near_planes(tower, camera, FLOOR)[0]) == pytest.approx(FLOOR), (
         "the camera stands in the box of the points"

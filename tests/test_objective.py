@@ -78,11 +78,18 @@ def test_losses_that_are_off_cost_nothing(monkeypatch: pytest.MonkeyPatch) -> No
     assert set(losses) == {"rgb_loss"} and not [name for name in metrics if name.startswith("weight_")]
 
 
-def test_single_rays_alone_have_a_photometric_loss() -> None:
+def test_single_rays_alone_have_a_photometric_loss(monkeypatch: pytest.MonkeyPatch) -> None:
     """Beside patches; where all rays are in patches, all of them have it."""
     model = _model({"cut_rays": 16, "multi_scale": 1.0})
     rays, batch = ray_batch(RAYS)
-    outputs, error = model(rays), {}
+    outputs, error, cut = model(rays), {}, []
+    render = model.render_cut
+
+    def render_cut(outputs: dict[str, Any], chosen: Tensor, *levels: int) -> dict[str, Tensor]:
+        cut[:] = chosen.tolist()
+        return render(outputs, chosen, *levels)
+
+    monkeypatch.setattr(model, "render_cut", render_cut)
     for patched in (0, 2 * SIDE**2, RAYS):
         known = {**batch, "patch_rays": patched, "patch_size": SIDE}
         losses = model.get_loss_dict(outputs, known, {})
@@ -92,6 +99,7 @@ def test_single_rays_alone_have_a_photometric_loss() -> None:
         error[patched] = float(losses["rgb_loss"])
         gradient = torch.autograd.grad(losses["rgb_loss"], outputs["rgb"], retain_graph=True)[0]
         assert not gradient[:first].any() and gradient[first:].any()
+        assert min(cut) == first and len(cut) == 16
     assert error[0] == error[RAYS] != error[2 * SIDE**2]
 
 

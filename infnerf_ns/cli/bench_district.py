@@ -47,8 +47,9 @@ class DistrictPixels:
 
     def __init__(self, cameras: Cameras, points: Float[Tensor, "N 3"], district: District) -> None:
         self._cameras, self._points, self._district = cameras, points, district
-        self._masks: dict[tuple[int, int], tuple[np.ndarray, np.ndarray]] = {}
+        self._masks: dict[tuple[int, int, tuple[int, int]], tuple[np.ndarray, np.ndarray]] = {}
         self._nearest: dict[int, float] = {}
+        self._sizes = [(int(camera.height), int(camera.width)) for camera in cameras]
 
     def inside(self, number: int, level: int, shape: tuple[int, int]) -> Bool[np.ndarray, "h w"]:
         """Pixels of a photo's (its number) pyramid level whose surfaces lie in the district."""
@@ -58,24 +59,32 @@ class DistrictPixels:
         """Pixels of surfaces elsewhere."""
         return self._both(number, level, shape)[1]
 
+    def any_inside(self) -> bool:
+        """Whether a photo shows the district."""
+        return any(self.inside(number, 0, size).any() for number, size in enumerate(self._sizes))
+
+    def any_elsewhere(self) -> bool:
+        """Whether a photo shows anything else."""
+        return any(self.elsewhere(number, 0, size).any() for number, size in enumerate(self._sizes))
+
     def shown(self) -> list[int]:
         """Two photos to look at: of those that show much of the district the nearest and the middle one."""
-        sizes = [(int(camera.height), int(camera.width)) for camera in self._cameras]
-        shares = [float(self.inside(number, 0, size).mean()) for number, size in enumerate(sizes)]
+        shares = [float(self.inside(number, 0, size).mean()) for number, size in enumerate(self._sizes)]
         showing = [number for number, share in enumerate(shares) if share >= max(shares) / 2]
         showing.sort(key=lambda number: self._nearest[number])
         return [showing[0], showing[len(showing) // 2]]
 
     def _both(self, number: int, level: int, shape: tuple[int, int]) -> tuple[np.ndarray, np.ndarray]:
-        if (number, level) not in self._masks:
+        key = (number, level, shape)
+        if key not in self._masks:
             camera = level_camera(self._cameras[number : number + 1], level, *shape)
             distance, known = self._distances(camera[0], shape)
             if level == 0:
                 self._nearest[number] = float(np.median(distance[known])) if known.any() else np.inf
             rays = camera.generate_rays(camera_indices=0, keep_shape=True)
             within = self._district.holds(rays.origins + rays.directions * torch.from_numpy(distance)[..., None])
-            self._masks[number, level] = within.numpy() & known, ~within.numpy() & known
-        return self._masks[number, level]
+            self._masks[key] = within.numpy() & known, ~within.numpy() & known
+        return self._masks[key]
 
     def _distances(self, camera: Cameras, shape: tuple[int, int]) -> tuple[np.ndarray, np.ndarray]:
         """Distance [h, w] of every pixel's nearest visible point, and where one is near enough."""
@@ -86,6 +95,9 @@ class DistrictPixels:
         if len(index) == 0:
             return np.ones(shape, np.float32), np.zeros(shape, bool)
         visible = in_front(pixels, distance, width, height)
+        # Of several points in one pixel the nearest counts: it is written last.
+        visible = visible.nonzero()[:, 0]
+        visible = visible[distance[visible].argsort(descending=True)]
         column, row = pixels[visible].long().unbind(dim=1)
         empty = np.ones(shape, np.uint8)
         empty[row, column] = 0

@@ -7,6 +7,7 @@ tree has no nodes for it, and the latter with growth. Held-out pixels are told a
 from __future__ import annotations
 
 import copy
+import gc
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,10 +24,11 @@ from torch import Tensor
 from infnerf_ns.cli.bench_district import District, DistrictPixels
 from infnerf_ns.cli.bench_machine import describe_machine
 from infnerf_ns.cli.bench_output import table_and_plot, write_table
-from infnerf_ns.cli.bench_quality import Quality, held_out_psnr, result_line
+from infnerf_ns.cli.bench_quality import Quality, held_out_psnr, require_preset
 from infnerf_ns.data.demo_dataparser import InfNeRFDemoDataParserConfig
-from infnerf_ns.data.pyramid_datamanager import with_points
+from infnerf_ns.data.pyramid_datamanager import read_split, with_points
 from infnerf_ns.errors import InputError
+from infnerf_ns.octree import root_cube
 from infnerf_ns.training.image_pictures import side_by_side
 
 _GROWTH = "pipeline.model.growth.every"
@@ -43,13 +45,13 @@ class Growth:
     size: int = 1
     """Blocks per side of the demo town."""
     district: tuple[float, float, float, float] = (0.22, 0.22, 0.78, 0.78)
-    """Least x, least y, largest x, largest y in the root cube of all points, 0 to 1: the middle, without
-    which the cube stays nearly as it is."""
+    """Least x, least y, largest x, largest y in the root cube of all points, 0 to 1, seen from above. The rest of the
+    points must make nearly the same cube, as they do where the capture covers its ground evenly."""
     preset: str = "infnerf-small:pipeline.model.octree.node_resolution=64:pipeline.model.field.log2_table_size=14"
     """Preset that is trained, with settings behind colons as for `infnerf-bench quality`: nodes so small that a capture
     of some minutes needs many of them, as a large one does of large ones."""
     every: int = 500
-    """Steps between two rounds of growth."""
+    """Steps between two rounds of growth, the first of which is after `growth.start-step`."""
     minutes: tuple[float, ...] = (1.0, 2.0, 4.0, 8.0)
     """When the held-out photos are measured; the last is the length of each training."""
     clock: Literal["wall", "cpu"] = "wall"
@@ -64,19 +66,15 @@ class Growth:
     def main(self) -> None:
         """Trains, measures, prints a table, writes it, a plot and a picture of renders."""
         print(describe_machine())
+        require_preset(self.preset)
+        if self.every < 1:
+            raise InputError(f"--every {self.every}: give at least 1, or nothing grows")
         table, plot = table_and_plot(self.output)
         picture = plot.with_name(f"{self.output.name}-photos.png")
         trainings = {
-            "all points": (True, self.preset),
-            "without": (False, self.preset),
-            "without, growing": (False, f"{self.preset}:{_GROWTH}={self.every}"),
-        }
-        rows: list[dict] = []
-        images: dict[str, list[Tensor]] = {}
-        for name, (complete, method) in trainings.items():
-            quality = _ByDistrict(
+            name: _ByDistrict(
                 self.data,
-                methods=(method,),
+                methods=(f"{self.preset}:{_GROWTH}={every}",),
                 minutes=self.minutes,
                 scale=self.scale,
                 pixels=self.pixels,
@@ -84,63 +82,88 @@ class Growth:
                 seed=self.seed,
                 output=self.output,
             )
-            quality.prepare(self.size, self.district, complete)
-            for row in quality.measure():
+            for name, every in (("all points", 0), ("without", 0), ("without, growing", self.every))
+        }
+        parser = InfNeRFDemoDataParserConfig(size=self.size) if str(self.data) == "demo" else None
+        for name, training in trainings.items():
+            training.prepare(parser, self.district, complete=name == "all points")
+        rows: list[dict] = []
+        images: dict[str, list[Tensor]] = {}
+        for name, training in trainings.items():
+            for row in training.measure():
                 rows.append({**row, "method": name})
-                print(result_line(rows[-1]), flush=True)
+                print(_line(rows[-1]), flush=True)
                 write_table(rows, table)
-            images |= {"photo": quality.photos, name: quality.renders}
+            photos, renders = training.shown()
+            images |= {"photo": photos, name: renders}
+            gc.collect()  # a trainer is a circle of few objects and much memory
         _print(rows)
         _plot(rows, plot)
-        strips = torch.cat([side_by_side(dict(zip(images, row))) for row in zip(*images.values())])
-        Image.fromarray((strips.clamp(0, 1) * 255).round().to(torch.uint8).numpy()).save(picture)
+        _draw(images, picture)
         print(f"infnerf: wrote {table}, {plot} and {picture}")
 
 
 class _ByDistrict(Quality):
     """Measures pixels in a district and elsewhere, and renders held-out photos that show it."""
 
-    photos: list[Tensor]
-    """that are shown"""
-    renders: list[Tensor]
-    """of these, by the last measurement"""
+    _trainer_at_hand: Trainer | None = None
 
-    def prepare(self, size: int, bounds: tuple[float, float, float, float], complete: bool) -> None:
+    def prepare(
+        self, parser: DataParserConfig | None, bounds: tuple[float, float, float, float], complete: bool
+    ) -> None:
         """Says what is trained.
 
         Args:
-            size: of the demo town.
+            parser: None: the usual one of the capture.
             bounds: of the district.
             complete: with the points of the district.
 
         Raises:
-            InputError: the capture has no points, or the district none.
+            InputError: the options cannot be trained, the capture has no points, or no held-out photo shows the
+                district, or anything else.
         """
-        town = str(self.data) == "demo"
-        self._parser = InfNeRFDemoDataParserConfig(size=size) if town else super()._dataparser()
-        outputs = with_points(self._parser, True).setup().get_dataparser_outputs("train")
-        points = outputs.metadata.get("points3D_xyz")
+        self._parser = super()._dataparser() if parser is None else parser
+        self.check()
+        training, held_out = (read_split(with_points(self._parser, True), split) for split in ("train", "val"))
+        points = training.metadata.get("points3D_xyz")
         if points is None:
             raise InputError(f"--data {self.data}: has no SfM points, so none can be missing")
         self._points, self._district = points.float(), District(points.float(), bounds)
-        if not self._district.holds(self._points).any():
-            raise InputError(f"--district {' '.join(f'{x:g}' for x in bounds)}: no point lies there")
-        if not complete:
+        kept = self._points[~self._district.holds(self._points)]
+        pixels = DistrictPixels(held_out.cameras, self._points, self._district)
+        told = f"--district {' '.join(f'{x:g}' for x in bounds)}"
+        if len(kept) < 2 or not pixels.any_elsewhere():
+            raise InputError(f"{told}: is the whole scene")
+        if len(kept) == len(points) or not pixels.any_inside():
+            raise InputError(f"{told}: no point lies there, or no held-out photo shows it")
+        if complete:
+            share, ratio = 1 - len(kept) / len(points), root_cube(kept).side / root_cube(self._points).side
+            print(
+                f"the district has {share:.0%} of the points; without them the root cube is {ratio:.2f} times as large"
+            )
+        else:
             self._parser = without_points(self._parser, self._district)
         self._pixels: DistrictPixels | None = None
+
+    def shown(self) -> tuple[list[Tensor], list[Tensor]]:
+        """Held-out photos that show the district, and what the trained model renders there; forgets the model."""
+        trainer, self._trainer_at_hand = self._trainer_at_hand, None
+        trainer.pipeline.eval()
+        model, dataset = trainer.pipeline.model, trainer.pipeline.datamanager.eval_dataset
+        numbers = self._pixels.shown()
+        cameras = [dataset.cameras[number : number + 1].to(model.device) for number in numbers]
+        photos = [model.renderer_rgb.blend_background(dataset[number]["image"]).cpu() for number in numbers]
+        return photos, [model.get_outputs_for_camera(camera)["rgb"].cpu() for camera in cameras]
 
     def _dataparser(self) -> DataParserConfig:
         return self._parser
 
     def _measure(self, trainer: Trainer, now: Callable[[], float]) -> dict:
         model, dataset = trainer.pipeline.model, trainer.pipeline.datamanager.eval_dataset
+        self._trainer_at_hand = trainer
         if self._pixels is None:
             self._pixels = DistrictPixels(dataset.cameras, self._points, self._district)
-        shown = self._pixels.shown()
-        cameras = [dataset.cameras[number : number + 1].to(model.device) for number in shown]
-        self.photos = [dataset[number]["image"] for number in shown]
-        self.renders = [model.get_outputs_for_camera(camera)["rgb"].cpu() for camera in cameras]
-        columns: dict[str, float] = {}
+        columns: dict[str, float] = {"births": int(model.growth.history[:, 2].sum())}
         for name, where in (("district", self._pixels.inside), ("elsewhere", self._pixels.elsewhere)):
             psnr, _ = held_out_psnr(model, dataset, self.pixels, self.seed, now, where)
             columns |= {f"psnr_{level} {name}": round(value, 2) for level, value in psnr.items()}
@@ -164,6 +187,18 @@ def without_points(config: DataParserConfig, district: District) -> DataParserCo
     config = copy.copy(config)
     config._target = Pointless
     return config
+
+
+def _line(row: dict) -> str:
+    """A row in words."""
+    psnr = {
+        part: " ".join(
+            f"{value:.2f}" for name, value in row.items() if name.startswith("psnr_") and name.endswith(part)
+        )
+        for part in ("district", "elsewhere")
+    }
+    parts = ", ".join(f"{part} {values}" for part, values in psnr.items())
+    return f"{row['method']} after {row['minutes']:g} min: {row['steps']} steps, {row['births']} births, {parts} dB"
 
 
 def _print(rows: list[dict]) -> None:
@@ -193,3 +228,12 @@ def _plot(rows: list[dict], path: Path) -> None:
         axis.grid(alpha=0.3)
         axis.legend(fontsize="small")
     figure.savefig(path, dpi=110)
+
+
+def _draw(images: dict[str, list[Tensor]], path: Path) -> None:
+    """A row per photo: the photo and what every training renders there."""
+    strips = [side_by_side(dict(zip(images, row))) for row in zip(*images.values())]
+    widest = max(strip.shape[1] for strip in strips)
+    padded = [torch.nn.functional.pad(strip, (0, 0, 0, widest - strip.shape[1]), value=1.0) for strip in strips]
+    pixels = (torch.cat(padded).clamp(0, 1) * 255).round().to(torch.uint8)
+    Image.fromarray(pixels.numpy()).save(path)

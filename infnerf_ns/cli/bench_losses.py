@@ -19,7 +19,7 @@ from rich.console import Console
 from rich.table import Table
 
 from infnerf_ns.cli.bench_output import table_and_plot, write_table
-from infnerf_ns.cli.bench_quality import Quality, result_line
+from infnerf_ns.cli.bench_quality import Quality, require_preset, result_line
 from infnerf_ns.errors import InputError
 
 _LOSSES = "pipeline.model.losses."
@@ -67,52 +67,57 @@ class Losses:
     pixels: int = 2048
     """Held-out pixels per photo and pyramid level."""
     seeds: tuple[int, ...] = (42, 43)
-    """Every row is trained once with each. One row after the other with the first, then with the next: the table is
-    written after each training, so it is of use before the last one ends."""
+    """Every row is trained once with each; the table's last column is the standard deviation between them. One row
+    after the other with the first, then with the next: the table is written after each training, so it is of use
+    before the last one ends."""
     output: Path = Path("losses")
     """Table: this name with .csv."""
 
     def main(self) -> None:
         """Trains, measures, writes and prints the table."""
+        require_preset(self.preset)
         unknown = [name for name in self.rows if name not in ROWS]
         if unknown:
             raise InputError(f"--rows {unknown[0]}: there are {', '.join(ROWS)}")
-        if not self.seeds:
-            raise InputError("--seeds: name at least one")
+        if not self.seeds or len(set(self.seeds)) < len(self.seeds):
+            raise InputError("--seeds: name at least one, and each only once")
         chosen = self.rows or tuple(name for name in ROWS if name != "lpips")
         if str(self.data) != "demo":
             chosen = tuple(name for name in chosen if name not in _NEED_DEPTH)
         wanted = {*chosen, _BASE, *(_PATCH_BASE for name in chosen if ROWS[name].keys() >= _PATCHES.keys())}
+        for name in wanted:
+            self._quality(name, self.seeds[0]).check()
         table, _ = table_and_plot(self.output)
         rows: list[dict] = []
         for seed in self.seeds:
             for name in (name for name in ROWS if name in wanted):
-                rows.append({"row": name, "seed": seed, **self._train(name, seed)})
+                (row,) = self._quality(name, seed).measure()
+                rows.append({"row": name, "seed": seed, **row})
                 gc.collect()  # a trainer is a circle of few objects and much memory
                 print(result_line({**rows[-1], "method": name}), flush=True)
                 write_table(rows, table)
         self._print(rows)
         print(f"infnerf: wrote {table}")
 
-    def _train(self, name: str, seed: int) -> dict:
-        method = method_of(self.preset, name)
-        quality = Quality(
+    def _quality(self, name: str, seed: int) -> Quality:
+        return Quality(
             self.data,
-            methods=(method,),
+            methods=(method_of(self.preset, name),),
             minutes=(self.minutes,),
             pixels=self.pixels,
             clock=self.clock,
             seed=seed,
             output=self.output,
         )
-        (row,) = quality.measure()
-        return row
 
     def _print(self, rows: list[dict]) -> None:
         """PSNR of the preset, and what each row changes, means over the seeds; the last column is the standard
         deviation from seed to seed of the column before."""
         levels = [name for name in rows[0] if name.startswith("psnr_")]
-        table = Table(title=f"held-out PSNR after {self.minutes:g} min, dB: the preset, and what a loss changes")
+        table = Table(
+            title=f"held-out PSNR after {self.minutes:g} min, dB: the preset, and what a loss changes;"
+            f" ±: the mean's standard deviation over {len(self.seeds)} seeds"
+        )
         for column in ("", "steps", *(name.removeprefix("psnr_") for name in levels), "mean", "±"):
             table.add_column(column, justify="left" if column == "" else "right")
         for name, steps, changes in changes_of(rows):

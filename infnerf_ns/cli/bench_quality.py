@@ -97,16 +97,24 @@ class Quality:
         Raises:
             InputError: an option is wrong; nothing has been trained.
         """
-        if not self.minutes or min(self.minutes) <= 0 or list(self.minutes) != sorted(self.minutes):
-            raise InputError(f"--minutes {self.minutes}: give rising numbers above 0")
-        if not self.methods:
-            raise InputError("--methods: name at least one")
-        configs = {method: self._config(method) for method in self.methods}  # all, before the first one trains
+        configs = self.check()  # all, before the first one trains
         for number, (method, config) in enumerate(configs.items()):
             # All settings together may be too long for the name of a folder.
             config.timestamp = f"{number}-{method.partition(':')[0]}"
             for row in self._train(config):
                 yield {"method": method, **row}
+
+    def check(self) -> dict[str, TrainerConfig]:
+        """What is trained, by method.
+
+        Raises:
+            InputError: an option is wrong.
+        """
+        if not self.minutes or min(self.minutes) <= 0 or list(self.minutes) != sorted(self.minutes):
+            raise InputError(f"--minutes {self.minutes}: give rising numbers above 0")
+        if not self.methods:
+            raise InputError("--methods: name at least one")
+        return {method: self._config(method) for method in self.methods}
 
     def _train(self, config: TrainerConfig) -> Iterator[dict]:
         """A row per measurement."""
@@ -178,6 +186,12 @@ class Quality:
         return NerfstudioDataParserConfig(
             data=self.data, orientation_method="none", eval_mode="interval", eval_interval=8
         )
+
+
+def require_preset(preset: str) -> None:
+    """Raises InputError where a preset that is to be given more settings is none of this package's."""
+    if preset.partition(":")[0] not in preset_names():
+        raise InputError(f"--preset {preset}: there are {', '.join(preset_names())}")
 
 
 def _preset_with_settings(method: str) -> TrainerConfig:

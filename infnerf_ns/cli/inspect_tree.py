@@ -52,7 +52,7 @@ class StoredTree:
 
     def bytes_of(self, nodes: Bool[Tensor, "N"]) -> int:
         """Bytes of the parameters of these nodes, and of what is always in memory: the root and shared decoders."""
-        page = torch.tensor([self.layout.page_bytes(level) for level in range(self.octree.depth + 1)])
+        page = torch.tensor([self.layout.page_bytes(level, training=False) for level in range(self.octree.depth + 1)])
         below_root = page[self.octree.level[1:]]
         return sum(self.memory_bytes) - int(below_root[~nodes[1:]].sum())
 

@@ -148,7 +148,7 @@ def pack_run(run: Path, *, half: bool, overwrite: bool, progress: Track) -> Pack
 
 
 def _require_space(folder: Path, model_bytes: int, layout: PageLayout, octree: Octree, half: bool) -> None:
-    pages = sum(layout.page_bytes(level) for level in octree.level[1:].tolist())
+    pages = sum(layout.page_bytes(level, training=False) for level in octree.level[1:].tolist())
     needed = 1.02 * (model_bytes - (pages // 2 if half else 0)) + (1 << 20)
     free = shutil.disk_usage(folder).free
     if needed > free:

@@ -67,7 +67,7 @@ class PyramidDataManagerConfig(VanillaDataManagerConfig):
     """Side of the square patches that rays are drawn in; 1: single pixels."""
     patch_share: Annotated[float, Range(0.0, 1.0)] = 1.0
     """Share of the rays that are drawn in patches (at least one) where patch_size is above 1; the others are single
-    pixels, and the photometric loss is theirs alone."""
+    pixels, and the photometric loss is theirs alone (1: that of all)."""
     use_depth: bool = False
     """Load the depth images of the capture, for losses on depth."""
     is_euclidean_depth: bool = False
@@ -180,14 +180,11 @@ class PyramidDataManager(VanillaDataManager):
         return self.config.use_depth and self.test_mode == "val"  # only a training has losses
 
     def _make_dataparser(self, config: DataParserConfig) -> DataParser:
-        dataparser = config.setup()
+        dataparser = quiet_dataparser(config)
         if self.test_mode == "inference":
             dataparser.downscale_factor = 1  # nerfstudio's way not to open photos
             if isinstance(dataparser, ColmapDataParser):
                 dataparser._downscale_factor = 1
-        if isinstance(dataparser, Nerfstudio):
-            dataparser.prompted_user = True  # else it may ask whether to rewrite the capture
-            dataparser.create_pc = False
         return dataparser
 
     def _parse_train_split(self, points: bool) -> DataparserOutputs:
@@ -386,6 +383,28 @@ class PyramidDataManager(VanillaDataManager):
             if mask is not None:
                 level_mask = torch.from_numpy(downsample_mask(mask[..., 0].bool().cpu().numpy(), level))[..., None]
             yield level, level_camera(camera, level, *level_image.shape[:2]), level_image, level_mask
+
+
+def quiet_dataparser(config: DataParserConfig) -> DataParser:
+    """The dataparser of a config, which asks nothing and leaves the capture as it is."""
+    dataparser = config.setup()
+    if isinstance(dataparser, Nerfstudio):
+        dataparser.prompted_user = True  # else it may ask whether to rewrite the capture
+        dataparser.create_pc = False
+    return dataparser
+
+
+def read_split(config: DataParserConfig, split: str) -> DataparserOutputs:
+    """What a dataparser says of a split, without a data manager.
+
+    Raises:
+        InputError: it cannot be read.
+    """
+    checks.check_config(config)
+    try:
+        return quiet_dataparser(config).get_dataparser_outputs(split)
+    except Exception as error:
+        raise checks.explain(error, config) from error
 
 
 def with_points(config: DataParserConfig, points: bool) -> DataParserConfig:

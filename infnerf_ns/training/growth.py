@@ -119,7 +119,7 @@ class Growth(nn.Module):
             self._change(field, field.octree.prune(dying), optimizers)
         deepest = self._deepest(field)
         born = growth_rules.births(field.octree, self._rates(), self._judged_age(), self.rest, deepest, config)
-        page_bytes = [field.pages.page_bytes(level, training=True) for level in range(self.max_level + 1)]
+        page_bytes = [field.pages.page_bytes(level) for level in range(self.max_level + 1)]
         born = growth_rules.within_budget(born, field.octree, page_bytes, *self._room(field))
         appeared = self._per_level(field.octree.level[born.parents] + 1)
         if len(born.parents):
