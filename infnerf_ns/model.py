@@ -157,7 +157,9 @@ class InfNeRFModel(Model):
         if scene.source != "checkpoint":
             layout = PageLayout(self.config.field, octree.node_resolution, self.config.octree.max_level)
             log_tree(octree, layout.memory_bytes(octree), f"{len(scene.points)} {SOURCES[scene.source]}")
-            CONSOLE.print(f"root cube: side {octree.cube.side:.4g}, near plane {scene.near:.4g} or more (scene units)")
+            center = " ".join(f"{value:.4g}" for value in octree.cube.center.tolist())
+            CONSOLE.print(f"root cube: centre {center}, side {octree.cube.side:.4g} (scene units)")
+            CONSOLE.print(f"near plane {scene.near:.4g} or more (scene units)")
             require_memory(layout.memory_bytes(octree), self.kwargs.get("device", "cpu"))
         self.field = OctreeField(octree, self.config.field, self.config.octree.max_level, self.num_train_data)
         self.objective = Objective(self.config.losses)

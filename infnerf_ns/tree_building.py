@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
-from typing import Annotated, Literal
+from typing import Annotated, Literal, Optional
 
 import psutil
 import torch
@@ -12,7 +13,7 @@ from rich.table import Table
 
 from infnerf_ns.data.sfm import SfMScene
 from infnerf_ns.errors import InputError
-from infnerf_ns.octree import Octree, build_octree, full_octree, root_cube
+from infnerf_ns.octree import Octree, RootCube, build_octree, full_octree, root_cube
 from infnerf_ns.validation import Range
 
 SOURCES = {
@@ -47,11 +48,17 @@ class OctreeConfig:
     where the scene is flat and tilted (auto)."""
     trim: Annotated[float, Range(0.0, 0.2)] = 0.01
     """Share of outlying SfM points that the root cube ignores at both ends of each axis."""
+    cube: Optional[tuple[float, float, float, float]] = None
+    """x, y and z of the root cube's centre and its side, scene units, where the SfM points miss too much of the scene
+    to tell; by default they tell. The log of a training says what they made."""
     level_start_steps: Annotated[int, Range(0, 1_000_000)] = 1500
     """Steps between the starts of two octree levels; a level starts from what its parents have learnt."""
 
     def check(self) -> list[str]:
         """Values that do not fit each other."""
+        if self.cube is not None and not (all(map(math.isfinite, self.cube)) and self.cube[3] > 0):
+            given = " ".join(f"{value:g}" for value in self.cube)
+            return [f"--pipeline.model.octree.cube {given}: give x, y and z of the centre, and a side above 0"]
         if self.start == "full" and self.full_level > self.max_level:
             return [
                 f"--pipeline.model.octree.full-level {self.full_level}: must not be above"
@@ -72,6 +79,8 @@ def build_tree(scene: SfMScene, config: OctreeConfig) -> Octree:
         raise InputError(
             "all SfM points lie at one place: check the sparse model, or leave it out to use the cameras"
         ) from error
+    if config.cube is not None:
+        cube = RootCube(torch.tensor(config.cube[:3]), config.cube[3], cube.rotation)
     sizes = {"node_resolution": config.node_resolution, "gsd_sharpness": config.gsd_sharpness}
     if config.start != "points" or scene.source == "checkpoint":
         known = config.start == "full" and scene.source != "checkpoint"

@@ -185,6 +185,17 @@ def test_a_tree_starts_from_points_from_its_root_or_full() -> None:
     assert "--pipeline.model.octree.full-level 5" in tiny_config(start="full", full_level=5).octree.check()[0]
 
 
+def test_a_root_cube_that_is_given() -> None:
+    """Whatever the points would make; levels and GSD follow it."""
+    octree = build_tree(tiny_scene(), tiny_config(cube=(0.5, -0.25, 0.125, 8.0), max_level=2).octree)
+    assert octree.cube.side == 8.0 and octree.cube.center.tolist() == [0.5, -0.25, 0.125]
+    assert octree.gsd(1) == pytest.approx(8.0 / (2 * 2 * octree.node_resolution))
+    assert octree.num_nodes > 1
+    for wrong in ((0.0, 0.0, 0.0, 0.0), (0.0, float("nan"), 0.0, 1.0)):
+        (problem,) = tiny_config(cube=wrong).octree.check()
+        assert "--pipeline.model.octree.cube" in problem and "a side above 0" in problem
+
+
 @pytest.mark.parametrize("start", ["root", "full", "points"])
 def test_a_growing_model_keeps_its_budget_and_its_history(start: str) -> None:
     model, _, step = _growing(start, max_nodes=14 if start != "points" else 80)

@@ -27,12 +27,13 @@ class District:
     """
 
     def __init__(self, points: Float[Tensor, "N 3"], bounds: tuple[float, float, float, float]) -> None:
-        self._cube = root_cube(points)
+        self.cube = root_cube(points)
+        """the root cube of all points"""
         self._low, self._high = torch.tensor(bounds[:2]), torch.tensor(bounds[2:])
 
     def holds(self, positions: Float[Tensor, "*bs 3"]) -> Bool[Tensor, "*bs"]:
         """Which positions lie in it."""
-        flat = self._cube.to_unit(positions)[..., :2]
+        flat = self.cube.to_unit(positions)[..., :2]
         return ((flat >= self._low) & (flat <= self._high)).all(dim=-1)
 
 

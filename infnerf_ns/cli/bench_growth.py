@@ -28,10 +28,9 @@ from infnerf_ns.cli.bench_quality import Quality, held_out_psnr, require_preset
 from infnerf_ns.data.demo_dataparser import InfNeRFDemoDataParserConfig
 from infnerf_ns.data.pyramid_datamanager import read_split, with_points
 from infnerf_ns.errors import InputError
-from infnerf_ns.octree import root_cube
 from infnerf_ns.training.image_pictures import side_by_side
 
-_GROWTH = "pipeline.model.growth.every"
+_GROWTH, _CUBE = "pipeline.model.growth.every", "pipeline.model.octree.cube"
 
 
 @dataclass
@@ -44,9 +43,9 @@ class Growth:
     """Size of the photos, relative."""
     size: int = 1
     """Blocks per side of the demo town."""
-    district: tuple[float, float, float, float] = (0.22, 0.22, 0.78, 0.78)
-    """Least x, least y, largest x, largest y in the root cube of all points, 0 to 1, seen from above. The rest of the
-    points must make nearly the same cube, as they do where the capture covers its ground evenly."""
+    district: tuple[float, float, float, float] = (0.5, 0.5, 1.0, 1.0)
+    """Least x, least y, largest x, largest y in the root cube of all points, 0 to 1, seen from above: a quarter, for
+    which the root then has no children. All trainings have that cube."""
     preset: str = "infnerf-small:pipeline.model.octree.node_resolution=64:pipeline.model.field.log2_table_size=14"
     """Preset that is trained, with settings behind colons as for `infnerf-bench quality`: nodes so small that a capture
     of some minutes needs many of them, as a large one does of large ones."""
@@ -137,12 +136,11 @@ class _ByDistrict(Quality):
         if len(kept) == len(points) or not pixels.any_inside():
             raise InputError(f"{told}: no point lies there, or no held-out photo shows it")
         if complete:
-            share, ratio = 1 - len(kept) / len(points), root_cube(kept).side / root_cube(self._points).side
-            print(
-                f"the district has {share:.0%} of the points; without them the root cube is {ratio:.2f} times as large"
-            )
+            print(f"the district has {1 - len(kept) / len(points):.0%} of the points")
         else:
             self._parser = without_points(self._parser, self._district)
+        cube = self._district.cube
+        self.methods = (f"{self.methods[0]}:{_CUBE}={[*cube.center.tolist(), cube.side]}",)
         self._pixels: DistrictPixels | None = None
 
     def shown(self) -> tuple[list[Tensor], list[Tensor]]:
