@@ -1,0 +1,86 @@
+"""Captures far from the origin of their coordinates, such as those in UTM metres.
+
+nerfstudio takes poses and points to single precision before it centres them: 4,500,000 m are then known to a quarter of
+a metre, and points move by pixels. So poses and points are moved near the origin in double precision before nerfstudio
+sees them, and what moved them becomes part of the run's ``dataparser_transform``, in double precision, too.
+
+With ``o`` the offset, ``A`` the capture's ``applied_transform`` and ``T`` nerfstudio's orientation and centring, a
+place x of the capture is ``T (A x - o)`` times the scale in the scene.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, fields
+
+import numpy as np
+import torch
+from jaxtyping import Float, Float64
+from nerfstudio.data.dataparsers.base_dataparser import DataparserOutputs
+from nerfstudio.utils.rich_utils import CONSOLE
+from torch import Tensor
+
+FAR = 100.0
+"""Offsets of captures are left alone below so many times the extent of the cameras: single precision then places
+cameras to 6e-6 of their extent, far below a pixel, and nothing about such captures changes."""
+
+
+@dataclass
+class CaptureOutputs(DataparserOutputs):
+    """nerfstudio's outputs, whose transform may be in double precision."""
+
+    def transform_poses_to_original_space(self, poses: Tensor, camera_convention: str = "opencv") -> Tensor:
+        """Poses in the capture's coordinates, in the precision of the transform. See nerfstudio."""
+        precise = poses.to(self.dataparser_transform.dtype)
+        return super().transform_poses_to_original_space(precise, camera_convention)  # type: ignore[arg-type]
+
+
+@dataclass(frozen=True)
+class Georeference:
+    """What a capture's coordinates go through before nerfstudio sees them."""
+
+    applied: Float64[np.ndarray, "3 4"] = field(default_factory=lambda: np.eye(4)[:3])
+    """the capture's own ``applied_transform``, A"""
+    offset: Float64[np.ndarray, "3"] = field(default_factory=lambda: np.zeros(3))
+    """o, subtracted from what A makes; 0 for a capture that is near its origin"""
+
+    @staticmethod
+    def of(positions: Float64[np.ndarray, "c 3"], applied: Float64[np.ndarray, "3 4"]) -> Georeference:
+        """That of a capture whose cameras are at these positions (after A)."""
+        centre = positions.mean(axis=0)
+        extent = np.linalg.norm(positions - centre, axis=1).max()
+        if np.abs(centre).max() <= FAR * extent or extent == 0:
+            return Georeference(applied)
+        offset = np.round(centre, int(np.clip(np.ceil(-np.log10(extent)) + 1, 0, 300)))
+        where = ", ".join(f"{value:.12g}" for value in offset)
+        CONSOLE.log(
+            f"The cameras are around ({where}) of the capture's coordinates, {extent:.3g} wide: moved to the origin"
+            " in double precision; maps and exports are in the capture's coordinates"
+        )
+        return Georeference(applied, offset)
+
+    def in_scene(
+        self, points: Float64[np.ndarray, "n 3"], transform: Float[Tensor, "3 4"], scale: float
+    ) -> Float[Tensor, "n 3"]:
+        """Scene coordinates of points.
+
+        Args:
+            points: after A.
+            transform: T.
+            scale: nerfstudio's.
+        """
+        turned = torch.from_numpy(points - self.offset) @ transform[:, :3].double().T + transform[:, 3].double()
+        return (turned * scale).float()
+
+    def restored(self, outputs: DataparserOutputs) -> CaptureOutputs:
+        """Outputs whose ``dataparser_transform`` leads from the capture's coordinates to the scene.
+
+        Args:
+            outputs: with T as transform.
+        """
+        transform = outputs.dataparser_transform.double()
+        applied, offset = torch.from_numpy(self.applied), torch.from_numpy(self.offset)
+        moved = transform[:, :3] @ (applied[:, 3] - offset) + transform[:, 3]
+        whole = torch.cat([transform[:, :3] @ applied[:, :3], moved[:, None]], dim=1)
+        values = {entry.name: getattr(outputs, entry.name) for entry in fields(DataparserOutputs)}
+        values["dataparser_transform"] = whole if self.offset.any() else whole.float()
+        return CaptureOutputs(**values)
