@@ -61,12 +61,12 @@ def test_no_photos(tmp_path: Path, text: str) -> None:
     assert "lists no photos" in refusal(lambda: start(tmp_path))
 
 
-def test_missing_intrinsics_keep_the_original_message(tmp_path: Path) -> None:
+def test_no_focal_length(tmp_path: Path) -> None:
     meta = write_capture(tmp_path)
-    del meta["fl_x"]
+    del meta["fl_x"], meta["fl_y"]
     write_json(tmp_path, meta)
     message = refusal(lambda: start(tmp_path))
-    assert "fx not specified in frame" in message and str(tmp_path) in message
+    assert "photo images/000.png has no focal length: give fl_x" in message and str(tmp_path) in message
 
 
 @pytest.mark.parametrize("index", [0, 3, 5])
@@ -180,7 +180,7 @@ def test_mask_missing_on_disk_and_in_the_list(tmp_path: Path) -> None:
     assert re.search(r"mask .*006\.png does not exist", refusal(lambda: start(tmp_path)))
     del meta["frames"][6]["mask_path"]
     write_json(tmp_path, meta)
-    assert "Different number of image and mask filenames" in refusal(lambda: start(tmp_path))
+    assert "1 of 8 photos have no 'mask_path', the first is images/006.png" in refusal(lambda: start(tmp_path))
 
 
 def test_unreadable_mask_is_not_called_a_photo(tmp_path: Path) -> None:
@@ -203,16 +203,16 @@ def test_missing_ply_file_is_no_error(tmp_path: Path, capsys: pytest.CaptureFixt
     (tmp_path / "sparse_pc.ply").unlink()
     manager = start(tmp_path)
     assert manager.train_dataset.metadata["sfm_scene"].source == "frusta"
-    printed = "".join(capsys.readouterr().out.split())
-    assert "sparse_pc.ply,which" in printed and "camerafrusta" in printed
+    printed = capsys.readouterr()
+    assert "sparse_pc.ply, which" in printed.err and "camerafrusta" in "".join(printed.out.split())
 
 
 def test_colmap_without_a_model(tmp_path: Path) -> None:
     write_colmap(tmp_path)
     (tmp_path / "sparse/0/cameras.txt").unlink()
-    assert "Could not find cameras.txt" in refusal(lambda: start_colmap(tmp_path))
+    assert re.search(r"sparse/0 has no COLMAP model .*give --colmap-path", refusal(lambda: start_colmap(tmp_path)))
     (tmp_path / "sparse").rename(tmp_path / "moved")
-    assert re.search(r"Colmap path .*sparse/0 does not exist", refusal(lambda: start_colmap(tmp_path)))
+    assert re.search(r"sparse/0 has no COLMAP model .*give --colmap-path", refusal(lambda: start_colmap(tmp_path)))
 
 
 @pytest.mark.parametrize("how", ["empty", "missing"])
@@ -222,8 +222,9 @@ def test_colmap_without_points_is_no_error(tmp_path: Path, how: str, capsys: pyt
     points.write_text("# nothing\n") if how == "empty" else points.unlink()
     manager = start_colmap(tmp_path)
     assert manager.train_dataset.metadata["sfm_scene"].source == "frusta"
-    printed = "".join(capsys.readouterr().out.split())
-    assert "pointscouldnotberead" in printed and "camerafrusta" in printed
+    printed = capsys.readouterr()
+    assert f"points3D.txt{' is empty' * (how == 'empty')}: the SfM points" in printed.err
+    assert "camerafrusta" in "".join(printed.out.split())
 
 
 def test_colmap_photo_not_on_disk(tmp_path: Path) -> None:

@@ -321,7 +321,7 @@ def test_a_missing_val_split_is_replaced_by_the_test_split(tmp_path: Path, monke
 
 @pytest.mark.parametrize("dataparser", ["nerfstudio", "colmap"])
 def test_split_lists_without_val(tmp_path: Path, dataparser: str) -> None:
-    """nerfstudio's own lists: it raises RuntimeError for a split that they do not have."""
+    """nerfstudio's own lists: left alone it raises RuntimeError for a split that they do not have."""
     names = {"train": [f"{i:03d}.png" for i in range(6)], "test": ["006.png", "007.png"]}
     if dataparser == "nerfstudio":
         meta = write_capture(tmp_path)
@@ -333,9 +333,10 @@ def test_split_lists_without_val(tmp_path: Path, dataparser: str) -> None:
         for split in names:
             (tmp_path / f"{split}_list.txt").write_text("\n".join(names[split]) + "\n")
         config = make_config(tmp_path, ColmapDataParserConfig(colmap_path=Path("sparse/0")))
-    manager = config.setup(test_mode="val")
-    assert manager.test_split == "test"
-    assert [len(manager.train_dataset), len(manager.eval_dataset)] == [6, 2]
+    for mode in ("val", "test", "inference"):
+        manager = config.setup(test_mode=mode)
+        assert len(manager.train_dataset) == 6
+        assert [name.name for name in manager.eval_dataset.image_filenames] == names["test"]
 
 
 @pytest.mark.parametrize("factor", [1, 2])

@@ -14,7 +14,7 @@ from nerfstudio.data.dataparsers.nerfstudio_dataparser import NerfstudioDataPars
 from tiny_capture import FOCAL, HEIGHT, WIDTH, points, ring, shared_capture, write_capture, write_colmap
 
 from infnerf_ns.data import sfm
-from infnerf_ns.data.point_files import IMPLIED_TRANSFORM, _image_ids, colmap_tracks, ply_points
+from infnerf_ns.data.capture.parsers import make_parser
 from infnerf_ns.data.projection import project
 from infnerf_ns.data.sfm import build_sfm_scene
 
@@ -68,11 +68,9 @@ def test_track_footprints_and_ids_of_held_out_photos(tmp_path: Path) -> None:
     config = ColmapDataParserConfig(data=tmp_path, colmap_path=Path("sparse/0"), orientation_method="none")
     config.center_method, config.auto_scale_poses = "none", False
     config.assume_colmap_world_coordinate_convention = False
-    outputs = config.setup().get_dataparser_outputs("train")
+    outputs = make_parser(config, points=True).get_dataparser_outputs("train")
     photos = [int(name.stem) for name in outputs.image_filenames]
-    assert _image_ids(tmp_path / "sparse/0", outputs.image_filenames).tolist() == [ids[photo] for photo in photos]
     assert len(photos) == 7
-    outputs.metadata["tracks"] = colmap_tracks(tmp_path / "sparse/0", outputs.image_filenames)
     scene = build_sfm_scene(outputs, outputs.cameras)
 
     world, poses = points(), ring(8)
@@ -91,23 +89,6 @@ def test_track_footprints_and_ids_of_held_out_photos(tmp_path: Path) -> None:
         match = min(expected, key=lambda key: np.abs(np.array(key) - point).max())
         np.testing.assert_allclose(match, point, atol=2e-5)
         assert expected[match] == (pytest.approx(size, rel=1e-4), count)
-
-
-def test_photo_missing_from_the_model_sees_nothing(tmp_path: Path) -> None:
-    tracks = write_colmap(tmp_path, 4)
-    names = [tmp_path / "images_2" / "002.png", tmp_path / "images" / "other.png"]
-    assert _image_ids(tmp_path / "sparse/0", names).tolist() == [3, -1]
-    found = colmap_tracks(tmp_path / "sparse/0", names)
-    assert set(found.photo.tolist()) == {0}
-    assert found.point.tolist() == [number for number, track in enumerate(tracks) if 2 in track]
-
-
-def test_photos_of_one_name_in_two_folders_are_told_apart(tmp_path: Path) -> None:
-    write_colmap(tmp_path, 2)
-    text = tmp_path / "sparse/0/images.txt"
-    text.write_text("\n".join(f"{i} 1 0 0 0 0 0 0 1 {name}\n" for i, name in ((1, "1.png"), (2, "east/1.png"))))
-    names = [tmp_path / "images/1.png", tmp_path / "images/east/1.png"]
-    assert _image_ids(tmp_path / "sparse/0", names).tolist() == [1, 2]
 
 
 def test_point_hidden_behind_a_wall_is_not_observed() -> None:
@@ -192,8 +173,8 @@ def test_ply_points_land_in_the_frame_of_the_cameras(tmp_path: Path) -> None:
     """The parser moves and scales the poses; the points must still project to the same pixels."""
     meta = write_capture(tmp_path)
     config = NerfstudioDataParserConfig(data=tmp_path, scale_factor=3.0, orientation_method="up")
-    outputs = config.setup().get_dataparser_outputs("train")
-    loaded = ply_points(tmp_path / meta["ply_file_path"], outputs, None)
+    outputs = make_parser(config, points=True).get_dataparser_outputs("train")
+    loaded = outputs.metadata
     assert loaded["points3D_rgb"].dtype == torch.uint8 and int(loaded["points3D_rgb"][0, 0]) == 128
     original = Cameras(
         torch.tensor(np.array(meta["frames"][0]["transform_matrix"])[:3], dtype=torch.float32),
@@ -207,35 +188,51 @@ def test_ply_points_land_in_the_frame_of_the_cameras(tmp_path: Path) -> None:
     torch.testing.assert_close(found.pixels, expected.pixels, atol=1e-3, rtol=0)
 
 
-def test_ply_points_take_the_transform_that_nerfstudio_implies(tmp_path: Path) -> None:
-    """Beside a COLMAP model and without `applied_transform` nerfstudio swaps axes; its own reader says where to."""
+def test_parser_gives_the_outputs_of_nerfstudios_own(tmp_path: Path) -> None:
+    """Also with the transform that nerfstudio implies beside a COLMAP model, in the transform back to the capture."""
     pytest.importorskip("open3d", reason="nerfstudio reads ply files with open3d, which cannot be imported here")
-    meta = write_capture(tmp_path)
+    write_capture(tmp_path)
     (tmp_path / "colmap/sparse/0").mkdir(parents=True)
-    outputs = NerfstudioDataParserConfig(data=tmp_path, load_3D_points=True).setup().get_dataparser_outputs("train")
-    found = ply_points(tmp_path / meta["ply_file_path"], outputs, IMPLIED_TRANSFORM)["points3D_xyz"]
-    torch.testing.assert_close(found, outputs.metadata["points3D_xyz"].float(), atol=1e-5, rtol=0)
+    config = NerfstudioDataParserConfig(data=tmp_path, load_3D_points=True)
+    expected = config.setup().get_dataparser_outputs("train")
+    found = make_parser(config, points=True).get_dataparser_outputs("train")
+    require_same(found, expected)
+
+
+def test_colmap_parser_gives_the_outputs_of_nerfstudios_own(tmp_path: Path) -> None:
+    write_colmap(tmp_path, ids=[4, 8, 1, 2, 3, 7, 6, 5])
+    config = ColmapDataParserConfig(data=tmp_path, colmap_path=Path("sparse/0"))
+    for split in ("train", "test"):
+        expected = config.setup().get_dataparser_outputs(split)
+        require_same(make_parser(config, points=True).get_dataparser_outputs(split), expected)
+
+
+def require_same(found: DataparserOutputs, expected: DataparserOutputs) -> None:
+    """To rounding."""
+    assert found.image_filenames == expected.image_filenames and found.dataparser_scale == expected.dataparser_scale
+    for name in ("camera_to_worlds", "fx", "fy", "cx", "cy", "width", "height", "distortion_params", "camera_type"):
+        torch.testing.assert_close(getattr(found.cameras, name), getattr(expected.cameras, name), atol=1e-6, rtol=1e-6)
+    torch.testing.assert_close(found.dataparser_transform, expected.dataparser_transform)
+    points = expected.metadata["points3D_xyz"].float()
+    torch.testing.assert_close(found.metadata["points3D_xyz"], points, atol=1e-5, rtol=0)
+    assert torch.equal(found.metadata["points3D_rgb"], expected.metadata["points3D_rgb"])
 
 
 def colmap_outputs(folder: Path) -> DataparserOutputs:
-    """Train split (every 8th photo held out) with tracks and nerfstudio's padded matches."""
+    """Train split (every 8th photo held out) with tracks."""
     config = ColmapDataParserConfig(data=folder, colmap_path=Path("sparse/0"), downscale_factor=1)
-    config.max_2D_matches_per_3D_point = -1
-    outputs = config.setup().get_dataparser_outputs("train")
-    outputs.metadata["tracks"] = colmap_tracks(folder / "sparse/0", outputs.image_filenames)
-    return outputs
+    return make_parser(config, points=True).get_dataparser_outputs("train")
 
 
 @pytest.mark.parametrize("name", ["fox", "caliterra"])
 def test_real_tracks_project_onto_their_matches(name: str) -> None:
     outputs = colmap_outputs(shared_capture(name))
-    ids, tracks = outputs.metadata["points3D_image_ids"], outputs.metadata["tracks"]
+    tracks = outputs.metadata["tracks"]
     errors = []
-    for index, number in enumerate(_image_ids(shared_capture(name) / "sparse/0", outputs.image_filenames)):
-        row, column = (ids == number).nonzero(as_tuple=True)
-        assert torch.equal(row.unique(), tracks.point[tracks.photo == index])
-        pixels = project(outputs.cameras[index], outputs.metadata["points3D_xyz"][row]).pixels
-        errors.append((pixels - outputs.metadata["points3D_points2D_xy"][row, column]).norm(dim=-1))
+    for index in range(len(outputs.cameras)):
+        mine = tracks.photo == index
+        pixels = project(outputs.cameras[index], outputs.metadata["points3D_xyz"][tracks.point[mine]]).pixels
+        errors.append((pixels - tracks.pixel[mine]).norm(dim=-1))
     errors = torch.cat(errors)
     assert float(errors.mean()) < 1.2
     assert float(errors.max()) < 4.0

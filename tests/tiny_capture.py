@@ -79,10 +79,10 @@ def write_json(folder: Path, meta: dict[str, Any]) -> None:
     (folder / "transforms.json").write_text(json.dumps(meta))
 
 
-def write_ply(path: Path, positions: np.ndarray) -> None:
+def write_ply(path: Path, positions: np.ndarray, kind: str = "float") -> None:
     """An ASCII ply file with grey points."""
     header = ["ply", "format ascii 1.0", f"element vertex {len(positions)}"]
-    header += [f"property float {axis}" for axis in "xyz"] + [f"property uchar {c}" for c in ("red", "green", "blue")]
+    header += [f"property {kind} {axis}" for axis in "xyz"] + [f"property uchar {c}" for c in ("red", "green", "blue")]
     rows = [f"{x:.8f} {y:.8f} {z:.8f} 128 128 128" for x, y, z in positions]
     path.write_text("\n".join([*header, "end_header", *rows, ""]))
 

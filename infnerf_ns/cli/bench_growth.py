@@ -25,8 +25,8 @@ from infnerf_ns.cli.bench_district import District, DistrictPixels
 from infnerf_ns.cli.bench_machine import describe_machine
 from infnerf_ns.cli.bench_output import table_and_plot, write_table
 from infnerf_ns.cli.bench_quality import Quality, held_out_psnr, require_preset
+from infnerf_ns.data.capture.parsers import parser_type, read_split
 from infnerf_ns.data.demo_dataparser import InfNeRFDemoDataParserConfig
-from infnerf_ns.data.pyramid_datamanager import read_split, with_points
 from infnerf_ns.errors import InputError
 from infnerf_ns.training.image_pictures import side_by_side
 
@@ -123,7 +123,7 @@ class _ByDistrict(Quality):
         """
         self._parser = super()._dataparser() if parser is None else parser
         self.check()
-        training, held_out = (read_split(with_points(self._parser, True), split) for split in ("train", "val"))
+        training, held_out = (read_split(self._parser, split, points=True) for split in ("train", "val"))
         points = training.metadata.get("points3D_xyz")
         if points is None:
             raise InputError(f"--data {self.data}: has no SfM points, so none can be missing")
@@ -171,7 +171,7 @@ class _ByDistrict(Quality):
 def without_points(config: DataParserConfig, district: District) -> DataParserConfig:
     """The config of a dataparser that hands over what another one does, but for the points in a district."""
 
-    class Pointless(config._target):
+    class Pointless(parser_type(config)):
         def _generate_dataparser_outputs(self, split: str = "train", **kwargs: Any) -> DataparserOutputs:
             outputs = super()._generate_dataparser_outputs(split, **kwargs)
             points = outputs.metadata.get("points3D_xyz")

@@ -1,21 +1,18 @@
 """Checks of a capture before training starts. What is wrong ends in one line that names the file and the remedy.
 
-:func:`check_config` looks at what the dataparser is going to read, :func:`explain` turns the exception of a dataparser
-into that one line, :func:`check_outputs` looks at what the dataparser made of it. Decoding the photos, the last check,
-is what loading does.
+:func:`explain` turns the exception of a dataparser into that one line, :func:`check_outputs` looks at what the
+dataparser made of the capture. Decoding the photos, the last check, is what loading does.
 """
 
 from __future__ import annotations
 
-import json
 from json import JSONDecodeError
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
+from jaxtyping import Float
 from nerfstudio.data.dataparsers.base_dataparser import DataParserConfig, DataparserOutputs
-from nerfstudio.data.dataparsers.nerfstudio_dataparser import NerfstudioDataParserConfig
 from PIL import Image
 
 from infnerf_ns.errors import InputError
@@ -27,65 +24,17 @@ SIZE_TOLERANCE = 1
 """Pixels by which a photo may differ from its camera (downscaled copies are rounded in different ways)."""
 
 
-def transforms_file(config: DataParserConfig) -> Path | None:
-    """The ``transforms.json`` that nerfstudio's dataparser reads; None for other dataparsers."""
-    if not isinstance(config, NerfstudioDataParserConfig):
-        return None
-    return config.data if config.data.suffix == ".json" else config.data / "transforms.json"
+def check_pose(pose: Float[np.ndarray, "3 4"], name: str, source: str) -> None:
+    """A camera-to-world matrix must be finite and its rotation one.
 
-
-def check_config(config: DataParserConfig) -> None:
-    """Checks the files that a dataparser is going to read.
+    Args:
+        pose: the matrix.
+        name: of the photo, for the message.
+        source: where it was read, for the message.
 
     Raises:
-        InputError: ``transforms.json`` is missing, is not JSON, lists no photos, holds a pose that is no pose, or has
-            depth images for some of the photos only.
+        InputError: it is not.
     """
-    path = transforms_file(config)
-    if path is None:
-        return
-    if not config.data.exists():
-        raise InputError(f"the data folder {config.data} does not exist: check --data")
-    if not path.exists():
-        raise InputError(
-            f"{path} does not exist: run ns-process-data on the photos, "
-            "or choose the dataparser that fits the folder (e.g. 'colmap')"
-        )
-    try:
-        meta = json.loads(path.read_text(encoding="utf-8"))
-    except (JSONDecodeError, UnicodeDecodeError) as error:
-        raise InputError(f"{path} is not valid JSON ({error}): write it again with ns-process-data") from error
-    frames = meta.get("frames") if isinstance(meta, dict) else None
-    if not frames:
-        raise InputError(f"{path} lists no photos: its 'frames' are empty or missing")
-    if len(frames) < MIN_TRAIN_PHOTOS:
-        raise InputError(f"{path} lists {len(frames)} photo and training needs at least {MIN_TRAIN_PHOTOS}: add photos")
-    for index, frame in enumerate(frames):
-        _check_frame(frame, index, path)
-    without = [frame["file_path"] for frame in frames if "depth_file_path" not in frame]
-    if 0 < len(without) < len(frames):
-        raise InputError(
-            f"{path}: {len(without)} of {len(frames)} photos have no 'depth_file_path', the first is {without[0]}: "
-            "give every photo a depth image, or none"
-        )
-
-
-def _check_frame(frame: Any, index: int, path: Path) -> None:
-    """One entry of ``frames``: a photo's name and a finite pose."""
-    if not isinstance(frame, dict) or "file_path" not in frame:
-        raise InputError(f"{path}: frame {index} has no 'file_path': name its photo or remove the frame")
-    name = frame["file_path"]
-    try:
-        pose = np.asarray(frame["transform_matrix"], dtype=np.float64)
-    except (KeyError, TypeError, ValueError) as error:
-        raise InputError(f"{path}: photo {name} has no readable 'transform_matrix': remove the frame") from error
-    if pose.shape not in ((4, 4), (3, 4)):
-        raise InputError(f"{path}: the pose of photo {name} is not a 4x4 matrix: remove the frame")
-    _check_pose(pose[:3], str(name), str(path))
-
-
-def _check_pose(pose: np.ndarray, name: str, source: str) -> None:
-    """A finite camera-to-world matrix [3, 4] with a proper rotation."""
     if not np.isfinite(pose).all():
         raise InputError(
             f"{source}: the pose of photo {name} holds NaN or infinite numbers: remove the photo from the capture"
@@ -159,7 +108,7 @@ def check_outputs(outputs: DataparserOutputs, split: str, *, photos: bool = True
     for name, pose, focal in zip(
         names, cameras.camera_to_worlds.cpu().double().numpy(), torch.cat([cameras.fx, cameras.fy], -1)
     ):
-        _check_pose(pose, str(name), f"{split} split")
+        check_pose(pose, str(name), f"{split} split")
         if not bool((torch.isfinite(focal) & (focal > 0)).all()):
             raise InputError(f"the focal length of photo {name} is {focal.tolist()}: correct fl_x / fl_y")
     if photos:

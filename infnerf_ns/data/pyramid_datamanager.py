@@ -9,7 +9,6 @@ builds its octree from.
 from __future__ import annotations
 
 import copy
-import json
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -21,9 +20,8 @@ from jaxtyping import Bool, Float
 from nerfstudio.cameras.cameras import Cameras
 from nerfstudio.cameras.rays import RayBundle
 from nerfstudio.data.datamanagers.base_datamanager import DataManager, VanillaDataManager, VanillaDataManagerConfig
-from nerfstudio.data.dataparsers.base_dataparser import DataParser, DataParserConfig, DataparserOutputs
-from nerfstudio.data.dataparsers.colmap_dataparser import ColmapDataParser, ColmapDataParserConfig
-from nerfstudio.data.dataparsers.nerfstudio_dataparser import Nerfstudio
+from nerfstudio.data.dataparsers.base_dataparser import DataParser, DataparserOutputs
+from nerfstudio.data.dataparsers.colmap_dataparser import ColmapDataParser
 from nerfstudio.data.datasets.base_dataset import InputDataset
 from nerfstudio.data.pixel_samplers import PixelSamplerConfig
 from nerfstudio.data.utils.dataloaders import FixedIndicesEvalDataloader, RandIndicesEvalDataloader
@@ -31,15 +29,16 @@ from nerfstudio.utils.rich_utils import CONSOLE
 from torch import Tensor
 
 from infnerf_ns.data import checks
+from infnerf_ns.data.capture import splits
+from infnerf_ns.data.capture.parsers import make_parser, want_points
 from infnerf_ns.data.depth import check_depth
 from infnerf_ns.data.photo_order import neighbour_order
-from infnerf_ns.data.point_files import IMPLIED_TRANSFORM, colmap_tracks, ply_points
 from infnerf_ns.data.pyramid import PixelPyramid, downsample_mask, level_mean, num_levels
 from infnerf_ns.data.pyramid_loading import circle_mask, load_pyramid
 from infnerf_ns.data.pyramid_rays import PyramidRays, level_camera
 from infnerf_ns.data.sfm import SfMScene, build_sfm_scene
 from infnerf_ns.errors import InputError
-from infnerf_ns.validation import Range
+from infnerf_ns.validation import Range, warn
 
 
 @dataclass
@@ -150,9 +149,8 @@ class PyramidDataManager(VanillaDataManager):
             config.data = config.dataparser.data
         config.dataparser.data = Path(config.data)
         self.dataparser_config = config.dataparser
-        checks.check_config(config.dataparser)
-
-        outputs = self._parse_train_split(points=test_mode == "val")
+        self.dataparser = self._make_dataparser(points=test_mode == "val")
+        outputs = self._parse_train_split()
         checks.check_outputs(outputs, "train", photos=test_mode != "inference")
         if self._with_depth:
             check_depth(outputs, "train")
@@ -166,10 +164,13 @@ class PyramidDataManager(VanillaDataManager):
         outputs.metadata = {**kept, "sfm_scene": scene}
 
         self.train_dataparser_outputs = outputs
-        self.dataparser = self._make_dataparser(with_points(config.dataparser, False))
         self.includes_time = self.dataparser.includes_time
         self.train_dataset = self.create_train_dataset()
         self.eval_dataset = self.create_eval_dataset()
+        if test_mode == "val":
+            rule = outputs.metadata.get(splits.RULE, splits.rule(config.dataparser))
+            held_out = self.eval_dataset.image_filenames
+            CONSOLE.log(splits.summary(outputs.image_filenames, held_out, rule))
         for dataset in (self.train_dataset, self.eval_dataset):
             dataset.cameras.metadata = dataset.cameras.metadata or {}  # ns-export cameras asserts that there are some
         self.exclude_batch_keys_from_device = self.train_dataset.exclude_batch_keys_from_device
@@ -179,67 +180,40 @@ class PyramidDataManager(VanillaDataManager):
     def _with_depth(self) -> bool:
         return self.config.use_depth and self.test_mode == "val"  # only a training has losses
 
-    def _make_dataparser(self, config: DataParserConfig) -> DataParser:
-        dataparser = quiet_dataparser(config)
+    def _make_dataparser(self, points: bool) -> DataParser:
+        dataparser = make_parser(self.config.dataparser, points)
         if self.test_mode == "inference":
             dataparser.downscale_factor = 1  # nerfstudio's way not to open photos
             if isinstance(dataparser, ColmapDataParser):
                 dataparser._downscale_factor = 1
         return dataparser
 
-    def _parse_train_split(self, points: bool) -> DataparserOutputs:
-        """Outputs of the train split, on demand with SfM points and tracks if there are any."""
+    def _parse_train_split(self) -> DataparserOutputs:
+        """Outputs of the train split; in a training with SfM points and tracks if there are any."""
         config = self.config.dataparser
-        points_error = None
-        if points:
-            try:
-                outputs = self._make_dataparser(with_points(config, True)).get_dataparser_outputs(split="train")
-            except Exception as error:
-                points_error = error
-        if not points or points_error is not None:
-            try:
-                outputs = self._make_dataparser(with_points(config, False)).get_dataparser_outputs(split="train")
-            except Exception as error:
-                raise checks.explain(error, config) from error
-        if not points:
-            return outputs
-        if "points3D_xyz" not in outputs.metadata:
-            self._add_ply_points(outputs, points_error)
-        elif isinstance(config, ColmapDataParserConfig):
-            tracks = colmap_tracks(config.data / config.colmap_path, outputs.image_filenames)
-            outputs.metadata = {**outputs.metadata, "tracks": tracks}
+        try:
+            outputs = self.dataparser.get_dataparser_outputs(split="train")
+        except Exception as error:
+            raise checks.explain(error, config) from error
+        finally:
+            want_points(self.dataparser.config, False)  # the other splits need none
         return outputs
 
-    def _add_ply_points(self, outputs: DataparserOutputs, error: Exception | None) -> None:
-        """Reads the ply file of a ``transforms.json`` where the dataparser did not, or logs why there are no points."""
-        transforms = checks.transforms_file(self.config.dataparser)
-        meta = json.loads(transforms.read_text(encoding="utf-8")) if transforms is not None else {}
-        if transforms is not None and "ply_file_path" in meta:
-            path = transforms.parent / meta["ply_file_path"]
-            try:
-                implied = IMPLIED_TRANSFORM if (transforms.parent / "colmap/sparse/0").exists() else None
-                points = ply_points(path, outputs, meta.get("applied_transform", implied))
-                outputs.metadata = {**outputs.metadata, **points}
-                return
-            except Exception as ply_error:  # whatever is wrong with the file, training can go on without it
-                error = ply_error
-                CONSOLE.log(f"[yellow]infnerf: no points from {path}, which {transforms} names")
-        if error is not None:
-            CONSOLE.log(f"[yellow]infnerf: the SfM points could not be read ({type(error).__name__}: {error})")
-
     def create_eval_dataset(self) -> InputDataset:
-        """The held-out photos; may be empty. A capture without a ``val`` split gives its ``test`` split."""
+        """The held-out photos; may be empty. ``val`` and ``test`` stand for each other where a capture has one only."""
         try:
             try:
                 outputs = self.dataparser.get_dataparser_outputs(split=self.test_split)
-            except (FileNotFoundError, RuntimeError) as error:
-                missing = isinstance(error, FileNotFoundError) or "split val is missing" in str(error)
-                if self.test_split != "val" or not missing:
-                    raise
-                why = getattr(error, "filename", None) or error
-                CONSOLE.log(f"[yellow]infnerf: no 'val' split ({why}): the 'test' split is held out instead")
-                self.test_split = "test"
-                outputs = self.dataparser.get_dataparser_outputs(split=self.test_split)
+            except FileNotFoundError as error:
+                other = "test" if self.test_split == "val" else "val"
+                try:
+                    outputs = self.dataparser.get_dataparser_outputs(split=other)
+                except FileNotFoundError:
+                    raise error from None
+                warn(
+                    f"no '{self.test_split}' split ({error.filename or error}): the '{other}' split is held out instead"
+                )
+                self.test_split = other
         except Exception as error:
             raise checks.explain(error, self.config.dataparser) from error
         checks.check_outputs(outputs, self.test_split, photos=self.test_mode != "inference")
@@ -383,35 +357,3 @@ class PyramidDataManager(VanillaDataManager):
             if mask is not None:
                 level_mask = torch.from_numpy(downsample_mask(mask[..., 0].bool().cpu().numpy(), level))[..., None]
             yield level, level_camera(camera, level, *level_image.shape[:2]), level_image, level_mask
-
-
-def quiet_dataparser(config: DataParserConfig) -> DataParser:
-    """The dataparser of a config, which asks nothing and leaves the capture as it is."""
-    dataparser = config.setup()
-    if isinstance(dataparser, Nerfstudio):
-        dataparser.prompted_user = True  # else it may ask whether to rewrite the capture
-        dataparser.create_pc = False
-    return dataparser
-
-
-def read_split(config: DataParserConfig, split: str) -> DataparserOutputs:
-    """What a dataparser says of a split, without a data manager.
-
-    Raises:
-        InputError: it cannot be read.
-    """
-    checks.check_config(config)
-    try:
-        return quiet_dataparser(config).get_dataparser_outputs(split)
-    except Exception as error:
-        raise checks.explain(error, config) from error
-
-
-def with_points(config: DataParserConfig, points: bool) -> DataParserConfig:
-    """A copy of the dataparser's config that loads, or does not load, SfM points."""
-    config = copy.copy(config)
-    if hasattr(config, "load_3D_points"):
-        config.load_3D_points = points
-    if hasattr(config, "max_2D_matches_per_3D_point"):
-        config.max_2D_matches_per_3D_point = 0  # colmap_tracks reads them without padding
-    return config
