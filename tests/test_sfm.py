@@ -17,6 +17,7 @@ from infnerf_ns.data import sfm
 from infnerf_ns.data.capture.parsers import make_parser
 from infnerf_ns.data.projection import project
 from infnerf_ns.data.sfm import build_sfm_scene
+from infnerf_ns.errors import InputError
 
 
 def make_cameras(count: int = 8, camera_type: CameraType = CameraType.PERSPECTIVE, scale: float = 1.0) -> Cameras:
@@ -167,6 +168,35 @@ def test_frusta_of_a_mapping_flight_reach_the_ground() -> None:
     cameras = Cameras(poses, FOCAL, FOCAL, WIDTH / 2, HEIGHT / 2, WIDTH, HEIGHT)
     scene = build_sfm_scene(outputs_of(cameras), cameras)
     assert -30 < float(scene.points[:, 2].min()) < 0
+
+
+@pytest.mark.parametrize("distance", [3.0, 300.0, 3e4])
+def test_photos_from_nearly_one_place(distance: float, capsys: pytest.CaptureFixture[str]) -> None:
+    """Cameras 1 apart look at points that far away: fine, said, refused, as the scene would be 30,000 units large."""
+    poses = torch.eye(4)[:3].repeat(8, 1, 1)
+    poses[:, 0, 3] = torch.linspace(-1, 1, 8)
+    cameras = Cameras(poses, FOCAL, FOCAL, WIDTH / 2, HEIGHT / 2, WIDTH, HEIGHT)
+    world = distance * torch.nn.functional.normalize(torch.rand(50, 3) * 0.2 + torch.tensor([0.0, 0.0, -1.0]), dim=-1)
+    given = outputs_of(cameras, points3D_xyz=world)
+    if distance < 1e4:
+        assert build_sfm_scene(given, cameras).source == "visibility"
+        assert ("depth is hardly known" in capsys.readouterr().err) == (distance > 100)
+        return
+    with pytest.raises(InputError, match="nearly one place: they are 1 scene units apart.*--auto-scale-poses False"):
+        build_sfm_scene(given, cameras)
+
+
+def test_cameras_that_look_out_do_not_meet_at_their_middle() -> None:
+    """A panorama: the point that all axes look at is where the cameras are, and nothing is there."""
+    angles = 2 * torch.pi * torch.arange(12) / 12
+    poses = torch.zeros(12, 3, 4)
+    poses[:, :, 2] = -torch.stack([angles.cos(), angles.sin(), torch.zeros(12)], dim=-1)
+    poses[:, 2, 1] = 1.0
+    poses[:, :, 0] = torch.linalg.cross(poses[:, :, 1], poses[:, :, 2])
+    poses[:, :, 3] = 0.1 * poses[:, :, 0] + 0.01 * poses[:, :, 2]
+    cameras = Cameras(poses, FOCAL, FOCAL, WIDTH / 2, HEIGHT / 2, WIDTH, HEIGHT)
+    spread = float((poses[:, :, 3] - poses[:, :, 3].mean(0)).norm(dim=-1).max())
+    assert sfm._shared_depth(cameras) >= 0.25 * spread
 
 
 def test_ply_points_land_in_the_frame_of_the_cameras(tmp_path: Path) -> None:

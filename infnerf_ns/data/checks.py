@@ -20,6 +20,8 @@ from infnerf_ns.errors import InputError
 MIN_TRAIN_PHOTOS = 2
 ROTATION_TOLERANCE = 1e-3
 """Largest entry of ``R^T R - I`` that still counts as a rotation."""
+ONE_PLACE = 1e-12
+"""Spread of cameras over their distance from the origin that is rounding alone."""
 SIZE_TOLERANCE = 1
 """Pixels by which a photo may differ from its camera (downscaled copies are rounded in different ways)."""
 
@@ -49,6 +51,24 @@ def check_pose(pose: Float[np.ndarray, "3 4"], name: str, source: str) -> None:
         )
 
 
+def check_spread(positions: Float[np.ndarray, "c 3"], source: str) -> None:
+    """The cameras must be at more than one place, where their spread becomes the unit of the scene.
+
+    Args:
+        positions: of all cameras.
+        source: where they were read, for the message.
+
+    Raises:
+        InputError: they are at one place, but for rounding.
+    """
+    spread = np.linalg.norm(positions - positions.mean(axis=0), axis=1).max()
+    if spread <= ONE_PLACE * np.abs(positions).max():
+        raise InputError(
+            f"{source}: all photos are taken from one place, which leaves the scene without a scale: check the poses,"
+            " or keep the capture's units (--auto-scale-poses False after the dataparser's name)"
+        )
+
+
 def explain(error: Exception, config: DataParserConfig) -> InputError:
     """The one line for an exception of a dataparser; the original message stays in it."""
     data = config.data
@@ -69,11 +89,6 @@ def explain(error: Exception, config: DataParserConfig) -> InputError:
     if isinstance(error, KeyError):
         return InputError(
             f"{parser}: the capture in {data} lacks the entry {error}: add it or process the photos again"
-        )
-    if isinstance(error, ZeroDivisionError):
-        return InputError(
-            f"{parser}: the photos in {data} are all taken from one place, which leaves the scene without a scale "
-            f"({error}): check the poses"
         )
     return InputError(f"{parser} cannot read the capture in {data}: {type(error).__name__}: {error}")
 

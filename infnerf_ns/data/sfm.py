@@ -26,7 +26,9 @@ from torch import Tensor
 
 from infnerf_ns.data.point_files import Tracks
 from infnerf_ns.data.projection import project, single_cameras
+from infnerf_ns.errors import InputError
 from infnerf_ns.footprint import point_footprint
+from infnerf_ns.validation import warn
 
 MIN_PHOTOS = 3
 """A point seen in fewer photos is dropped: its position is not reliable."""
@@ -44,8 +46,15 @@ FINEST_FRUSTUM_DEPTH = 0.5
 """Frustum points get no finer footprint than at this relative depth: nothing says that anything is there."""
 FRUSTUM_PHOTOS = 48
 """Photos, evenly spaced in their order, whose frusta get points."""
+LOOK_OUT = 0.25
+"""Cameras whose axes meet nearer than so many times their spread look out from among themselves, at nothing shared."""
 SHARED_PHOTOS = 8
 """Parallel frusta meet at the depth where a typical point is seen by this many photos."""
+HARDLY_ANY_PARALLAX, NO_PARALLAX = 100.0, 1000.0
+"""Distance of the points over the spread of the cameras, from which on depth is hardly known, and not at all: with a
+focal length of 1000 pixels a point at that distance moves by 10 pixels, and by 1, from photo to photo."""
+LARGEST_DISTANCE = 1000.0
+"""Scene units up to which a scene may be that far away: a capture in metres can be."""
 _MAX_KEPT_DISTANCES = 16_000_000
 
 
@@ -93,6 +102,9 @@ def build_sfm_scene(dataparser_outputs: DataparserOutputs, cameras: Cameras) -> 
     Returns:
         The scene, on the CPU. Points seen in fewer than 3 photos are dropped, unless the capture has fewer than 3
         photos or no point would remain.
+
+    Raises:
+        InputError: all photos are taken from one place.
     """
     cameras = cameras.flatten().to("cpu")
     metadata = dataparser_outputs.metadata
@@ -114,8 +126,36 @@ def build_sfm_scene(dataparser_outputs: DataparserOutputs, cameras: Cameras) -> 
         keep = finite & (observations.num_photos > 0)
     if not keep.any():
         return _frusta_scene(cameras, f"no train photo sees any of the {len(points)} SfM points")
-    near = _near_plane(observations.distances[keep[observations.distance_points]])
+    distances = observations.distances[keep[observations.distance_points]]
+    _check_parallax(cameras, distances)
+    near = _near_plane(distances)
     return SfMScene(points[keep], observations.footprints[keep], observations.num_photos[keep], near, source)
+
+
+def _check_parallax(cameras: Cameras, distances: Float[Tensor, "k"]) -> None:
+    """Photos from one place say little about depth, and nerfstudio makes the cameras' spread the unit of the scene.
+
+    Args:
+        cameras: of the photos.
+        distances: from them to the points that they see.
+
+    Raises:
+        InputError: the scene would be thousands of units large.
+    """
+    origins = cameras.camera_to_worlds[:, :, 3].double()
+    spread, distance = float((origins - origins.mean(0)).norm(dim=-1).max()), float(distances.median())
+    if distance <= HARDLY_ANY_PARALLAX * spread:
+        return
+    what = (
+        f"the photos are taken from nearly one place: they are {spread:.3g} scene units apart, and what they see is"
+        f" {distance:.3g} away"
+    )
+    if distance > NO_PARALLAX * spread and distance > LARGEST_DISTANCE:
+        raise InputError(
+            f"{what}, so depth cannot be known: add photos from other places; to train the colours alone, keep the"
+            " capture's units (--auto-scale-poses False after the dataparser's name)"
+        )
+    warn(f"{what}: depth is hardly known, and views from other places will be wrong")
 
 
 def _pixels_per_radian(cameras: Cameras) -> Float[Tensor, "c"]:
@@ -260,7 +300,7 @@ def _shared_depth(cameras: Cameras) -> float:
     if float(torch.linalg.eigvalsh(normal)[0]) > 0.02:  # mean squared sine of the axes' angles: not nearly parallel
         focus = torch.linalg.solve(normal, (off_axis @ origins[:, :, None]).mean(0)[:, 0])
         along = ((focus - origins) * axes).sum(-1)
-        if float((along > 0).double().mean()) > 0.5:
+        if float((along > 0).double().mean()) > 0.5 and float(along.median()) > LOOK_OUT * spread:
             return float(along.median())
     wanted = min(SHARED_PHOTOS, len(cameras))
     depths = spread * torch.logspace(-2, 1, 25)

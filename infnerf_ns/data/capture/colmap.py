@@ -26,7 +26,7 @@ from infnerf_ns.data.capture.downscaling import downscale_images
 from infnerf_ns.data.capture.files import find_file
 from infnerf_ns.data.capture.georeference import CaptureOutputs, Georeference
 from infnerf_ns.data.capture.intrinsics import Intrinsics, from_colmap, set_kinds
-from infnerf_ns.data.checks import check_pose
+from infnerf_ns.data.checks import check_pose, check_spread
 from infnerf_ns.data.point_files import Tracks
 from infnerf_ns.errors import InputError
 from infnerf_ns.validation import warn
@@ -95,6 +95,8 @@ class CaptureColmap(ColmapDataParser):
         poses = np.stack([image.camera_to_world for image in self._images])
         poses[:, :3, 1:3] *= -1  # OpenCV's camera axes to OpenGL's
         poses[:, :3] = applied @ poses
+        if self.config.auto_scale_poses:
+            check_spread(poses[:, :3, 3], str(path))
         self._georeference = Georeference.of(poses[:, :3, 3], applied)
         poses[:, :3, 3] -= self._georeference.offset
         frames = [self._frame(image, lens, pose) for image, lens, pose in zip(self._images, self._lenses, poses)]

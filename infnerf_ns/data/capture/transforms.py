@@ -26,7 +26,7 @@ from infnerf_ns.data.capture.files import PHOTO_ENDINGS, find_file
 from infnerf_ns.data.capture.georeference import CaptureOutputs, Georeference
 from infnerf_ns.data.capture.intrinsics import Intrinsics, from_transforms, set_kinds
 from infnerf_ns.data.capture.point_cloud import read_ply
-from infnerf_ns.data.checks import MIN_TRAIN_PHOTOS, check_pose, unreadable
+from infnerf_ns.data.checks import MIN_TRAIN_PHOTOS, check_pose, check_spread, unreadable
 from infnerf_ns.errors import InputError
 from infnerf_ns.validation import warn
 
@@ -73,6 +73,8 @@ class CaptureTransforms(Nerfstudio):
         names = [splits.plain(frame["file_path"]) for frame in frames]
         poses = np.stack([_pose(frame, name, self._path) for frame, name in zip(frames, names)])
         _require_one_pose_each(names, poses, self._path)
+        if self.config.auto_scale_poses:
+            check_spread(poses[:, :3, 3], str(self._path))
         self._georeference = Georeference.of(poses[:, :3, 3], _applied_transform(meta, self._path, self.config.data))
         poses[:, :3, 3] -= self._georeference.offset
         files = [find_file(folder, name, PHOTO_ENDINGS) for name in names]
