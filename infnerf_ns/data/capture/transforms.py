@@ -11,6 +11,8 @@ import copy
 import json
 import math
 import tempfile
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -55,11 +57,8 @@ class CaptureTransforms(Nerfstudio):
     def _generate_dataparser_outputs(self, split: str = "train") -> CaptureOutputs:
         meta = self._clean(_read(self._path, self.config.data))
         data = self.config.data
-        with tempfile.TemporaryDirectory(prefix="infnerf-") as folder:
-            clean = Path(folder) / "transforms.json"
-            clean.write_text(json.dumps(meta), encoding="utf-8")
+        with _clean_file(meta) as self.config.data:
             try:
-                self.config.data = clean
                 outputs = self._georeference.restored(super()._generate_dataparser_outputs(split))
             finally:
                 self.config.data = data
@@ -141,6 +140,26 @@ class CaptureTransforms(Nerfstudio):
         points = {"points3D_xyz": self._georeference.in_scene(cloud.xyz, transform_matrix, scale_factor)}
         rgb = np.zeros_like(cloud.xyz, dtype=np.uint8) if cloud.rgb is None else cloud.rgb
         return points | {"points3D_rgb": torch.from_numpy(rgb)}
+
+
+@contextmanager
+def _clean_file(meta: dict[str, Any]) -> Iterator[Path]:
+    """A ``transforms.json`` for nerfstudio's parser, which reads files only.
+
+    Raises:
+        InputError: it cannot be written.
+    """
+    with ExitStack() as stack:
+        try:
+            folder = stack.enter_context(tempfile.TemporaryDirectory(prefix="infnerf-"))
+            path = Path(folder) / "transforms.json"
+            path.write_text(json.dumps(meta), encoding="utf-8")
+        except OSError as error:
+            raise InputError(
+                f"no temporary file can be written ({error.strerror or error}): make room, or set the environment"
+                " variable TMPDIR to a folder that can be written"
+            ) from error
+        yield path
 
 
 def _read(path: Path, data: Path) -> dict[str, Any]:
