@@ -31,7 +31,7 @@ from infnerf_ns.losses.config import SMALLEST_PATCH
 from infnerf_ns.model import APPEARANCE, InfNeRFModel, InfNeRFModelConfig
 from infnerf_ns.training_pictures import training_pictures
 from infnerf_ns.validation import Range
-from infnerf_ns.viewer import OctreeViewer
+from infnerf_ns.viewer import OctreeViewer, PhotosInViewer
 
 
 @dataclass
@@ -81,6 +81,8 @@ class InfNeRFPipeline(VanillaPipeline):
             self.datamanager.near_planes = self.model.near_planes.forward
         self.octree_viewer = OctreeViewer(self.model)
         """found by nerfstudio's viewer"""
+        self.photos_in_viewer = PhotosInViewer(getattr(self.datamanager, "show_missing_photos", lambda: None))
+        """also found by it"""
 
     @property
     def model(self) -> InfNeRFModel:

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import math
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
@@ -78,6 +78,23 @@ class StillCameras:
         before, looks = self._looks.get(number, (None, 0))
         self._looks[number] = view, looks + 1 if view == before else 1
         return self._looks[number][1] == 2
+
+
+class PhotosInViewer(ViewerControl):
+    """Tells the data manager when a viewer has been opened, which wants a picture for each photo, also of a run whose
+    photos are not at hand; does nothing until a viewer has found it in the pipeline.
+
+    Args:
+        show_missing_photos: called then.
+    """
+
+    def __init__(self, show_missing_photos: Callable[[], None]) -> None:
+        self._show_missing_photos = show_missing_photos
+
+    def _setup(self, viewer: Viewer) -> None:
+        """Called once by nerfstudio's viewer, before it draws the photos."""
+        super()._setup(viewer)
+        self._show_missing_photos()
 
 
 class OctreeViewer(ViewerControl):

@@ -22,7 +22,9 @@ import yaml
 from rich.progress import track
 
 from infnerf_ns.cli.runs import load_run_config, newest_checkpoint, place_config
+from infnerf_ns.data.capture.record import RECORD
 from infnerf_ns.errors import InputError
+from infnerf_ns.map_frame import TRANSFORMS
 from infnerf_ns.octree import Octree
 from infnerf_ns.pages import PageLayout
 from infnerf_ns.streaming.packing import CHECKSUMS, Track, small_state, write_pages
@@ -132,9 +134,9 @@ def pack_run(run: Path, *, half: bool, overwrite: bool, progress: Track) -> Pack
         config.timestamp += _SUFFIX
         place_config(config, target)
         (work / "config.yml").write_text(yaml.dump(config), encoding="utf-8")
-        transforms = folder / "dataparser_transforms.json"
-        if transforms.exists():
-            shutil.copy(transforms, work)
+        for kept in (TRANSFORMS, RECORD):
+            if (folder / kept).exists():
+                shutil.copy(folder / kept, work)
         sizes = sum(file.stat().st_size for file in (work / PAGES).rglob("*.safetensors")), checkpoint.stat().st_size
         _put_in_place(work, target)
     except OSError as error:

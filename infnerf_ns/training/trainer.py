@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, Optional, cast
 
 import torch
+import tyro
 from nerfstudio.engine.optimizers import Optimizers
 from nerfstudio.engine.trainer import TRAIN_INTERATION_OUTPUT, Trainer, TrainerConfig
 from nerfstudio.utils import profiler, writer
@@ -18,7 +19,9 @@ from nerfstudio.utils.misc import step_check
 from torch.amp import GradScaler
 from torch.optim.lr_scheduler import LambdaLR
 
+from infnerf_ns.data.capture.record import RECORD, CaptureRecord, same_photos
 from infnerf_ns.errors import InputError
+from infnerf_ns.run_config import make_paths_absolute, read_run_config
 from infnerf_ns.streaming.packing import CHECKSUMS
 from infnerf_ns.streaming.page_files import PAGES
 from infnerf_ns.training import checkpoints
@@ -45,10 +48,29 @@ class InfNeRFTrainerConfig(TrainerConfig):
     """Learning rate of the parameters of octree level L = learning rate of their kind * level_lr_factor ** L."""
     stability: StabilityConfig = field(default_factory=StabilityConfig)
     """What happens when the loss or a gradient is NaN or infinite."""
+    run_folder: Annotated[Optional[Path], tyro.conf.Suppress] = None
+    """Where the run is, if not in output_dir/experiment_name/method_name/timestamp: it was moved or renamed."""
+
+    def __post_init__(self) -> None:
+        """``--load-config``: reads the file safely, and refuses what it must not hold, before nerfstudio reads it and
+        executes what is in it."""
+        if self.load_config is not None:
+            read_run_config(self.load_config)
+
+    def get_base_dir(self) -> Path:
+        """Folder of the run."""
+        usual = super().get_base_dir()
+        return usual if self.run_folder is None else self.run_folder
+
+    def save_config(self) -> None:
+        """Writes config.yml, with absolute paths: a run is looked at from other folders than it was started in."""
+        make_paths_absolute(self)
+        super().save_config()
 
     def get_checkpoint_dir(self) -> Path:
-        """The checkpoint folder; also points ``load_step`` at the newest whole file in it, where there is one, and the
-        model at the folder of its pages, should the run be packed.
+        """The checkpoint folder; also points ``load_step`` at the newest whole file in it, where there is one, the
+        model at the folder of its pages, should the run be packed, and the data manager at what the run has kept of
+        its capture.
 
         ns-eval, ns-render, ns-export and ns-viewer call this right before they load. Left to themselves they take the
         file with the highest step even if it is truncated. Nothing is written or moved, so a read-only run works too.
@@ -60,6 +82,9 @@ class InfNeRFTrainerConfig(TrainerConfig):
         streaming = getattr(getattr(self.pipeline, "model", None), "streaming", None)
         if streaming is not None:
             streaming.pages = self.get_base_dir() / PAGES
+        datamanager = getattr(self.pipeline, "datamanager", None)
+        if hasattr(datamanager, "record"):
+            datamanager.record = self.get_base_dir() / RECORD
         return folder
 
     def check(self) -> list[str]:
@@ -131,6 +156,8 @@ class InfNeRFTrainer(Trainer):
         requested_step = config.load_step
         super().__init__(config, local_rank, world_size)
         config.load_step = requested_step
+        if hasattr(config.pipeline.datamanager, "record"):
+            config.pipeline.datamanager.record = None  # a training reads the capture
         self._half_type: Optional[torch.dtype] = None  # torch's default for the device
         if self.mixed_precision and torch.cuda.is_bf16_supported(including_emulation=False):
             # bfloat16 has the range of float32, so nothing must be scaled: the grad scaler would visit every entry of
@@ -151,6 +178,9 @@ class InfNeRFTrainer(Trainer):
         """Build the pipeline, the optimizers and the viewer, and load the checkpoint to resume from. See nerfstudio."""
         with self._signals:
             super().setup(test_mode)
+            write_record = getattr(self.pipeline.datamanager, "write_record", None)
+            if write_record is not None and self.local_rank == 0:
+                write_record(self.base_dir / RECORD)
 
     def setup_optimizers(self) -> Optimizers:
         """One optimizer per parameter group; the configuration names kinds, the model's groups are kinds per level."""
@@ -283,6 +313,7 @@ class InfNeRFTrainer(Trainer):
                 warn(f"the checkpoint {path} is damaged; the one before is used")
                 continue
             self._check_steps_left(path, state["step"])
+            self._check_photos(path)
             self._load_state(state, path)
             extras = state.get("infnerf", {})
             self._resumed_random_state = extras.get("random_state")
@@ -301,6 +332,12 @@ class InfNeRFTrainer(Trainer):
                 f"--max-num-iterations {self.config.max_num_iterations}: it is the total and {path} "
                 f"has done {step + 1} steps already; give a larger number"
             )
+
+    def _check_photos(self, path: Path) -> None:
+        """The photos must be those of the run that is loaded, as far as it has kept their names."""
+        run, outputs = path.parent.parent, getattr(self.pipeline.datamanager, "train_dataparser_outputs", None)
+        if outputs is not None and (run / RECORD).is_file():
+            same_photos(CaptureRecord.read(run / RECORD), outputs, run)
 
     def _load_state(self, state: dict[str, Any], path: Path) -> None:
         """Parameters, optimizers, schedulers and grad scaler from a checkpoint that fits this run."""
