@@ -19,6 +19,7 @@ from nerfstudio.utils.misc import step_check
 from torch.amp import GradScaler
 from torch.optim.lr_scheduler import LambdaLR
 
+from infnerf_ns import viewer_guard
 from infnerf_ns.data.capture.record import RECORD, CaptureRecord, same_photos
 from infnerf_ns.errors import InputError
 from infnerf_ns.run_config import make_paths_absolute, read_run_config
@@ -29,6 +30,7 @@ from infnerf_ns.training.level_groups import expand_optimizers, level_group, opt
 from infnerf_ns.training.stability import StabilityConfig, StepGuard, gradients_finite, values_finite
 from infnerf_ns.training.stopping import StopSignals, exit_code
 from infnerf_ns.validation import Range, enforce, validate_config, warn
+from infnerf_ns.viewer_address import for_ns_viewer, port_problems, require_address, require_guarded
 
 
 @dataclass
@@ -67,6 +69,12 @@ class InfNeRFTrainerConfig(TrainerConfig):
         make_paths_absolute(self)
         super().save_config()
 
+    def __setattr__(self, name: str, value: Any) -> None:
+        """As ever; but ns-viewer puts settings of its own in place of the run's right before it opens a viewer."""
+        if name == "viewer" and name in vars(self) and self.vis.startswith("viewer"):
+            value = for_ns_viewer(value, self.vis)
+        super().__setattr__(name, value)
+
     def get_checkpoint_dir(self) -> Path:
         """The checkpoint folder; also points ``load_step`` at the newest whole file in it, where there is one, the
         model at the folder of its pages, should the run be packed, and the data manager at what the run has kept of
@@ -89,7 +97,7 @@ class InfNeRFTrainerConfig(TrainerConfig):
 
     def check(self) -> list[str]:
         """Values that cannot work; one line each, naming the flag."""
-        problems = []
+        problems = port_problems(self.viewer)
         if self.max_num_iterations < 1:
             problems.append(f"--max-num-iterations {self.max_num_iterations}: allowed is at least 1")
         for name in ("steps_per_save", "steps_per_eval_batch", "steps_per_eval_image", "steps_per_eval_all_images"):
@@ -152,6 +160,9 @@ class InfNeRFTrainer(Trainer):
 
     def __init__(self, config: InfNeRFTrainerConfig, local_rank: int = 0, world_size: int = 1) -> None:
         enforce(validate_config(config))
+        require_guarded(config.vis)
+        if config.is_viewer_enabled():
+            require_address(config.viewer)
         self._candidates = _find_checkpoints_to_resume(config)
         requested_step = config.load_step
         super().__init__(config, local_rank, world_size)
@@ -176,7 +187,7 @@ class InfNeRFTrainer(Trainer):
 
     def setup(self, test_mode: Literal["test", "val", "inference"] = "val") -> None:
         """Build the pipeline, the optimizers and the viewer, and load the checkpoint to resume from. See nerfstudio."""
-        with self._signals:
+        with self._signals, viewer_guard.armed(self.config.viewer.websocket_host, self.config.viewer.make_share_url):
             super().setup(test_mode)
             write_record = getattr(self.pipeline.datamanager, "write_record", None)
             if write_record is not None and self.local_rank == 0:
