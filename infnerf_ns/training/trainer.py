@@ -18,7 +18,10 @@ from nerfstudio.utils.misc import step_check
 from torch.amp import GradScaler
 from torch.optim.lr_scheduler import LambdaLR
 
+from infnerf_ns.checkpoint_archive import damage
 from infnerf_ns.errors import InputError
+from infnerf_ns.regular_files import require_regular_file
+from infnerf_ns.state_validation import require_model_state, require_optimizer_state, require_plain
 from infnerf_ns.streaming.packing import CHECKSUMS
 from infnerf_ns.streaming.page_files import PAGES
 from infnerf_ns.training import checkpoints
@@ -54,13 +57,33 @@ class InfNeRFTrainerConfig(TrainerConfig):
         file with the highest step even if it is truncated. Nothing is written or moved, so a read-only run works too.
         """
         folder = super().get_checkpoint_dir()
-        whole = checkpoints.whole_checkpoints(folder)
-        if whole and (self.load_step is None or checkpoints.checkpoint_path(folder, self.load_step) not in whole):
+        whole = checkpoints.whole_checkpoints(folder, first=self.load_step)
+        if whole:
             self.load_step = checkpoints.checkpoint_step(whole[0])
+            state = checkpoints.read_checkpoint(whole[0], mapped=True)
+            if state is not None:
+                self.require_sound(state, whole[0])
+        elif checkpoints.list_checkpoints(folder):
+            raise InputError(f"{folder}: there is no whole checkpoint (step-*.ckpt)")
         streaming = getattr(getattr(self.pipeline, "model", None), "streaming", None)
         if streaming is not None:
             streaming.pages = self.get_base_dir() / PAGES
         return folder
+
+    def require_sound(self, state: dict[str, Any], path: Path) -> None:
+        """Ends with one line if what a checkpoint says of the model cannot be used with this configuration.
+
+        Args:
+            state: the checkpoint.
+            path: its file, for the line.
+
+        Raises:
+            InputError: the tree, or a shape, type or number of a tensor is wrong.
+        """
+        model = getattr(self.pipeline, "model", None)
+        if hasattr(model, "field") and hasattr(model, "octree"):
+            sizes = model.field, model.octree.node_resolution, model.octree.max_level
+            require_model_state(checkpoints.model_state(state), *sizes, source=str(path))
 
     def check(self) -> list[str]:
         """Values that cannot work; one line each, naming the flag."""
@@ -175,7 +198,7 @@ class InfNeRFTrainer(Trainer):
         """
         total = self.config.max_num_iterations
         if self._resumed_random_state is not None:
-            checkpoints.restore_random_state(self._resumed_random_state)
+            checkpoints.restore_random_state(self._resumed_random_state, str(self._resumed_from))
             self._resumed_random_state = None
         self._phase = "training"
         with self._signals:
@@ -284,10 +307,10 @@ class InfNeRFTrainer(Trainer):
                 continue
             self._check_steps_left(path, state["step"])
             self._load_state(state, path)
-            extras = state.get("infnerf", {})
-            self._resumed_random_state = extras.get("random_state")
-            self._lr_scale = extras.get("lr_scale", 1.0)
-            self._guard.skipped = extras.get("skipped_steps", 0)
+            extras = _extras(state, path)
+            self._resumed_random_state = extras["random_state"]
+            self._lr_scale = extras["lr_scale"]
+            self._guard.skipped = extras["skipped_steps"]
             self._start_step = state["step"] + 1
             self._resumed_from = path
             print(f"infnerf: resumed from {path}; training goes on at step {self._start_step}", flush=True)
@@ -314,21 +337,31 @@ class InfNeRFTrainer(Trainer):
         }
         checkpoints.check_fits(names, wanted, "parameters", path)
         checkpoints.check_fits(state["optimizers"], self.optimizers.optimizers, "parameter groups", path)
+        self._load_parameters_and_moments(state, path)
+        source, schedulers = str(path), state.get("schedulers")
+        if self.config.load_scheduler and isinstance(schedulers, dict):
+            for name, scheduler in self.optimizers.schedulers.items():
+                if name in schedulers:
+                    what = f"learning rate schedule of {name}"
+                    scheduler.load_state_dict(require_plain(schedulers[name], scheduler.state_dict(), what, source))
+        self._apply_configured_rates(_extras(state, path)["lr_scale"])
+        scaler = self.grad_scaler.state_dict()
+        if scaler and state.get("scalers"):  # empty where a run has no mixed precision
+            scaler.update(require_plain(state["scalers"], scaler, "gradient scaler", source))
+            self.grad_scaler.load_state_dict(scaler)
+
+    def _load_parameters_and_moments(self, state: dict[str, Any], path: Path) -> None:
+        """Takes over the model and the optimizers of a checkpoint, whose names are those of this run."""
+        self.config.require_sound(state, path)
         try:
             self.pipeline.load_pipeline(state["pipeline"], state["step"])
+            for name, optimizer in self.optimizers.optimizers.items():
+                require_optimizer_state(state["optimizers"][name], optimizer, name, str(path))
             self.optimizers.load_optimizers(state["optimizers"])
         except (RuntimeError, ValueError) as error:
             raise InputError(
                 f"{path} does not fit these settings ({error}); train with the settings in the config.yml beside it"
             ) from error
-        if self.config.load_scheduler:
-            schedulers = state.get("schedulers", {})
-            self.optimizers.load_schedulers(
-                {name: schedulers[name] for name in self.optimizers.schedulers if name in schedulers}
-            )
-        self._apply_configured_rates(state.get("infnerf", {}).get("lr_scale", 1.0))
-        if state.get("scalers"):  # empty where the run before had no mixed precision
-            self.grad_scaler.load_state_dict(state["scalers"])
 
     def _apply_configured_rates(self, scale: float) -> None:
         """Learning rates follow the flags of this run, at the point of the schedule where the checkpoint stands."""
@@ -357,11 +390,10 @@ class InfNeRFTrainer(Trainer):
             raise InputError(
                 f"step {step}: the loss or a parameter stays NaN or infinite and {found[0]} cannot be read; {remedy}"
             )
-        self.pipeline.load_pipeline(state["pipeline"], state["step"])
-        self.optimizers.load_optimizers(state["optimizers"])
+        self._load_parameters_and_moments(state, found[0])
         self.optimizers.zero_grad_all()
         # The checkpoint may hold learning rates from before an earlier restore; the schedulers hold the current ones.
-        saved_scale = state.get("infnerf", {}).get("lr_scale", 1.0)
+        saved_scale = _extras(state, found[0])["lr_scale"]
         wanted_scale = self._lr_scale * config.lr_factor
         for name, optimizer in self.optimizers.optimizers.items():
             for group in optimizer.param_groups:
@@ -457,13 +489,28 @@ class InfNeRFTrainer(Trainer):
         return {**norms, "Gradients/Total": torch.stack(list(norms.values())).sum()} if norms else {}
 
 
+def _extras(state: dict[str, Any], path: Path) -> dict[str, Any]:
+    """What a checkpoint holds under our own key, or what it would hold at the start of a run.
+
+    Raises:
+        InputError: a number there is not one.
+    """
+    fresh: dict[str, Any] = {"lr_scale": 1.0, "skipped_steps": 0}
+    saved = state.get("infnerf") or {}
+    extras = {**fresh, **require_plain(saved, fresh, "training", str(path))}
+    if not 0 < extras["lr_scale"] <= 1:
+        raise InputError(f"{path} cannot be used: its learning rates are {extras['lr_scale']:g} of the configured ones")
+    return {**extras, "random_state": saved.get("random_state")}
+
+
 def _find_checkpoints_to_resume(config: TrainerConfig) -> list[Path]:
     """Checkpoints to try, best first; empty for a new run. Raises InputError if what the flags name is not there."""
     if config.load_dir is not None:
         return checkpoints.resume_candidates(config.load_dir, config.relative_model_dir, config.load_step)
     if config.load_checkpoint is not None:
-        if not checkpoints.is_whole(config.load_checkpoint):
-            what = "is damaged" if config.load_checkpoint.exists() else "does not exist"
-            raise InputError(f"--load-checkpoint {config.load_checkpoint}: the file {what}")
+        require_regular_file(config.load_checkpoint, "--load-checkpoint")
+        problem = damage(config.load_checkpoint)
+        if problem is not None:
+            raise InputError(f"--load-checkpoint {config.load_checkpoint}: the file is damaged ({problem})")
         return [config.load_checkpoint]
     return []
