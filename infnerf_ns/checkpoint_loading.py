@@ -21,8 +21,6 @@ from infnerf_ns.streaming.packing import CHECKSUMS
 from infnerf_ns.streaming.page_files import PageFiles
 from infnerf_ns.tree_building import require_memory
 
-_BANKS = ("field.grids", "field.decoders", "field.proposals", "field.appear")
-
 
 def checkpoint_octree(field: OctreeField, state: dict[str, Any], device: torch.device) -> Octree:
     """The tree of a checkpoint, all of whose numbers have been checked.
@@ -55,14 +53,6 @@ def fit_whole(
     Raises:
         InputError: the checkpoint does not fit the configuration, or the memory.
     """
-    own = {f"field.{name}" for name, _ in field.named_parameters()}
-    differing = own ^ {name for name in state if name.startswith(_BANKS)}
-    if differing:
-        raise InputError(
-            f"the checkpoint does not fit the configuration ({sorted(differing)[0]} is in one of them only): use the"
-            " config.yml that was written beside it, or the same --pipeline.model.octree and"
-            " --pipeline.model.field options"
-        )
     layout = PageLayout(field.config, octree.node_resolution, field.max_level)
     grown, held = (sum(layout.memory_bytes(tree, training=training)) for tree in (octree, field.octree))
     if grown > held:

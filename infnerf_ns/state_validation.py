@@ -23,6 +23,7 @@ from infnerf_ns.streaming.packing import CHECKSUMS
 
 MAX_LEVEL = 20
 """Deepest octree level there can be (:class:`infnerf_ns.tree_building.OctreeConfig`)."""
+_PARAMETERS = ("field.grids.", "field.decoders.", "field.proposals.", "field.appearance.")
 _MOST_CELLS = 8192
 _SHARPNESS = (0.25, 8.0)
 _LARGEST = 1e18
@@ -146,18 +147,22 @@ def require_model_state(
             f" --pipeline.model.octree.node-resolution is {node_resolution}; {remedy}"
         )
     layout = PageLayout(config, octree.node_resolution, max_level)
-    packed = CHECKSUMS in state
-    for level, shapes in enumerate(layout.bank_shapes(octree)):
-        for kind, shape in shapes.items():
-            name = f"field.{kind}.{level}"
-            if packed and 0 < level <= octree.depth and kind in layout.node_page(level):
-                continue  # in the pages
-            if name not in state:
-                raise InputError(
-                    f"{source} does not fit the configuration ({name} is missing): use the config.yml that was written"
-                    " beside it, or the same --pipeline.model.octree and --pipeline.model.field options"
-                )
-            require_tensor(name, state[name], shape, (torch.float32,), source)
+    shapes = {
+        f"field.{kind}.{level}": shape
+        for level, kinds in enumerate(layout.bank_shapes(octree))
+        for kind, shape in kinds.items()
+        if not (CHECKSUMS in state and 0 < level <= octree.depth and kind in layout.node_page(level))  # in the pages
+    }
+    expected = set(shapes) | ({"field.appearance.weight"} if config.appearance_dim else set())
+    differing = expected ^ {name for name in state if name.startswith(_PARAMETERS)}
+    if differing:
+        raise InputError(
+            f"{source} does not fit the configuration ({sorted(differing)[0]} is in one of them only): use the"
+            " config.yml that was written beside it, or the same --pipeline.model.octree and --pipeline.model.field"
+            " options"
+        )
+    for name, shape in shapes.items():
+        require_tensor(name, state[name], shape, (torch.float32,), source)
     _require_about_nodes(state, octree, max_level, source)
     require_finite(state, source)
     return octree

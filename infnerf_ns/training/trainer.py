@@ -26,6 +26,7 @@ from infnerf_ns.streaming.packing import CHECKSUMS
 from infnerf_ns.streaming.page_files import PAGES
 from infnerf_ns.training import checkpoints
 from infnerf_ns.training.level_groups import expand_optimizers, level_group, optimizer_problems
+from infnerf_ns.training.run_folder import FolderLock, require_own_folder
 from infnerf_ns.training.stability import StabilityConfig, StepGuard, gradients_finite, values_finite
 from infnerf_ns.training.stopping import StopSignals, exit_code
 from infnerf_ns.validation import Range, enforce, validate_config, warn
@@ -69,6 +70,20 @@ class InfNeRFTrainerConfig(TrainerConfig):
         if streaming is not None:
             streaming.pages = self.get_base_dir() / PAGES
         return folder
+
+    def save_config(self) -> None:
+        """Writes config.yml, unless the folder holds another run: ns-train does this before anything else."""
+        folder = require_own_folder(self)
+        lock = FolderLock(folder)
+        lock.acquire()  # only looked at: the trainer takes it
+        lock.release()
+        try:
+            super().save_config()
+        except OSError as error:
+            raise InputError(
+                f"{folder / 'config.yml'} cannot be written ({error.strerror or error}): free disk space, or choose"
+                " another --output-dir"
+            ) from error
 
     def require_sound(self, state: dict[str, Any], path: Path) -> None:
         """Ends with one line if what a checkpoint says of the model cannot be used with this configuration.
@@ -151,6 +166,9 @@ class InfNeRFTrainer(Trainer):
     def __init__(self, config: InfNeRFTrainerConfig, local_rank: int = 0, world_size: int = 1) -> None:
         enforce(validate_config(config))
         self._candidates = _find_checkpoints_to_resume(config)
+        self._lock = FolderLock(require_own_folder(config))
+        if local_rank == 0:
+            self._lock.acquire()
         requested_step = config.load_step
         super().__init__(config, local_rank, world_size)
         config.load_step = requested_step
@@ -169,6 +187,8 @@ class InfNeRFTrainer(Trainer):
         self._resumed_random_state: Optional[dict[str, Any]] = None
         self._completed_step: Optional[int] = None
         self._saved_step: Optional[int] = None
+        self._not_written: Optional[str] = None
+        """why the newest checkpoint is not on the disk"""
 
     def setup(self, test_mode: Literal["test", "val", "inference"] = "val") -> None:
         """Build the pipeline, the optimizers and the viewer, and load the checkpoint to resume from. See nerfstudio."""
@@ -207,6 +227,7 @@ class InfNeRFTrainer(Trainer):
                 super().train()
             finally:
                 self.config.max_num_iterations = total
+                self._lock.release()
 
     @profiler.time_function
     def train_iteration(self, step: int) -> TRAIN_INTERATION_OUTPUT:
@@ -292,11 +313,11 @@ class InfNeRFTrainer(Trainer):
         }
         keep = checkpoints.KEPT_CHECKPOINTS if self.config.save_only_latest_checkpoint else None
         path = checkpoints.checkpoint_path(self.checkpoint_dir, step)
-        failure = checkpoints.write_checkpoint(state, path, keep)
+        failure = self._not_written = checkpoints.write_checkpoint(state, path, keep)
         if failure is None:
             self._saved_step = step
         else:
-            warn(f"the checkpoint {path} could not be written ({failure}); older ones are untouched, training goes on")
+            warn(f"the checkpoint {path} could not be written ({failure}); the one before is kept, training goes on")
 
     def _load_checkpoint(self) -> None:
         """Load the newest readable candidate, found at construction; nothing to do for a new run."""
@@ -425,9 +446,12 @@ class InfNeRFTrainer(Trainer):
             super()._after_train()
         finally:
             viewer.quit_on_train_completion = quit_at_end
-        if self._saved_step is None:
+        if self._not_written is not None:
+            files = self._own_checkpoints() or ([self._resumed_from] if self._resumed_from else [])
+            kept = f"; {files[0]} is kept: train on from it with --load-dir {files[0]}" if files else ""
             raise InputError(
-                f"training ended but no checkpoint could be written to {self.checkpoint_dir}, see the warnings above"
+                f"training ended, but its last weights could not be written to {self.checkpoint_dir}"
+                f" ({self._not_written}): make room there, or allow writing{kept}"
             )
         self._print_result()
         if not quit_at_end:
