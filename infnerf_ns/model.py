@@ -28,7 +28,13 @@ from nerfstudio.utils.rich_utils import CONSOLE
 from torch import Tensor
 from torch.nn import Parameter
 
-from infnerf_ns.checkpoint_loading import checkpoint_octree, fit_whole, open_pages, require_all_but_pages
+from infnerf_ns.checkpoint_loading import (
+    checkpoint_octree,
+    fit_whole,
+    open_pages,
+    paged_names,
+    require_names_and_shapes,
+)
 from infnerf_ns.errors import InputError
 from infnerf_ns.field import FieldConfig, OctreeField, in_place_gradients
 from infnerf_ns.interruption import interrupted_between_chunks, may_be_interrupted
@@ -201,17 +207,18 @@ class InfNeRFModel(Model):
 
     def load_state_dict(self, state_dict: dict[str, Any], strict: bool = True, assign: bool = False) -> Any:
         """Takes over the checkpoint's tree first; nodes of a packed run come from its pages when they are needed."""
-        octree = checkpoint_octree(state_dict, self.device)
+        octree = checkpoint_octree(self.field, state_dict, self.device)
         self.growth.fit(octree, state_dict)
         if CHECKSUMS not in state_dict:
             fit_whole(self.field, self.near_planes, octree, state_dict, self.training)
+            require_names_and_shapes(self.state_dict(), state_dict, set())
             loaded = super().load_state_dict(state_dict, strict=strict)
             self.field.young = bool((self.field.maturity < 1).any())
             return loaded
         pages, budget = self.config.streaming.pages, budget_bytes(self.config.streaming.budget_mib)
         cache = open_pages(self.field, self.near_planes, octree, state_dict, pages, budget)
+        require_names_and_shapes(self.state_dict(), state_dict, paged_names(self.field.pages, octree))
         loaded = super().load_state_dict(state_dict, strict=False)
-        require_all_but_pages(self.field.pages, octree, loaded)
         sharpening = BLEND_SHARPENING if self.config.blend_levels else 1.0
         self.views = StreamedViews(cache, sharpening, lambda: self.field.level_cap)
         return loaded

@@ -44,11 +44,11 @@ from infnerf_ns.errors import InputError
 from infnerf_ns.model import InfNeRFModel, InfNeRFModelConfig
 from infnerf_ns.presets import load_preset
 from infnerf_ns.rendering import BLEND_SHARPENING
+from infnerf_ns.state_validation import octree_from_state
 from infnerf_ns.streaming.node_cache import BUDGET_VARIABLE
 from infnerf_ns.streaming.packing import small_state, write_pages
 from infnerf_ns.streaming.page_files import PAGES
 from infnerf_ns.streaming.views import FrameReport
-from infnerf_ns.tree_state import octree_from_state
 
 _MIB = 2**20
 _STATE = "small.pt"

@@ -20,13 +20,17 @@ from torch.amp import GradScaler
 from torch.optim.lr_scheduler import LambdaLR
 
 from infnerf_ns import viewer_guard
+from infnerf_ns.checkpoint_archive import damage
 from infnerf_ns.data.capture.record import RECORD, CaptureRecord, same_photos
 from infnerf_ns.errors import InputError
+from infnerf_ns.regular_files import require_regular_file
 from infnerf_ns.run_config import make_paths_absolute, read_run_config
+from infnerf_ns.state_validation import require_model_state, require_optimizer_state, require_plain
 from infnerf_ns.streaming.packing import CHECKSUMS
 from infnerf_ns.streaming.page_files import PAGES
 from infnerf_ns.training import checkpoints
 from infnerf_ns.training.level_groups import expand_optimizers, level_group, optimizer_problems
+from infnerf_ns.training.run_folder import FolderLock, require_own_folder
 from infnerf_ns.training.stability import StabilityConfig, StepGuard, gradients_finite, values_finite
 from infnerf_ns.training.stopping import StopSignals, exit_code
 from infnerf_ns.validation import Range, enforce, validate_config, warn
@@ -64,11 +68,6 @@ class InfNeRFTrainerConfig(TrainerConfig):
         usual = super().get_base_dir()
         return usual if self.run_folder is None else self.run_folder
 
-    def save_config(self) -> None:
-        """Writes config.yml, with absolute paths: a run is looked at from other folders than it was started in."""
-        make_paths_absolute(self)
-        super().save_config()
-
     def __setattr__(self, name: str, value: Any) -> None:
         """As ever; but ns-viewer puts settings of its own in place of the run's right before it opens a viewer."""
         if name == "viewer" and name in vars(self) and self.vis.startswith("viewer"):
@@ -84,9 +83,14 @@ class InfNeRFTrainerConfig(TrainerConfig):
         file with the highest step even if it is truncated. Nothing is written or moved, so a read-only run works too.
         """
         folder = super().get_checkpoint_dir()
-        whole = checkpoints.whole_checkpoints(folder)
-        if whole and (self.load_step is None or checkpoints.checkpoint_path(folder, self.load_step) not in whole):
+        whole = checkpoints.whole_checkpoints(folder, first=self.load_step)
+        if whole:
             self.load_step = checkpoints.checkpoint_step(whole[0])
+            state = checkpoints.read_checkpoint(whole[0], mapped=True)
+            if state is not None:
+                self.require_sound(state, whole[0])
+        elif checkpoints.list_checkpoints(folder):
+            raise InputError(f"{folder}: there is no whole checkpoint (step-*.ckpt)")
         streaming = getattr(getattr(self.pipeline, "model", None), "streaming", None)
         if streaming is not None:
             streaming.pages = self.get_base_dir() / PAGES
@@ -94,6 +98,39 @@ class InfNeRFTrainerConfig(TrainerConfig):
         if hasattr(datamanager, "record"):
             datamanager.record = self.get_base_dir() / RECORD
         return folder
+
+    def save_config(self) -> None:
+        """Writes config.yml, unless the folder holds another run: ns-train does this before anything else.
+
+        Its paths are absolute, as a run is looked at from other folders than it was started in.
+        """
+        make_paths_absolute(self)
+        folder = require_own_folder(self)
+        lock = FolderLock(folder)
+        lock.acquire()  # only looked at: the trainer takes it
+        lock.release()
+        try:
+            super().save_config()
+        except OSError as error:
+            raise InputError(
+                f"{folder / 'config.yml'} cannot be written ({error.strerror or error}): free disk space, or choose"
+                " another --output-dir"
+            ) from error
+
+    def require_sound(self, state: dict[str, Any], path: Path) -> None:
+        """Ends with one line if what a checkpoint says of the model cannot be used with this configuration.
+
+        Args:
+            state: the checkpoint.
+            path: its file, for the line.
+
+        Raises:
+            InputError: the tree, or a shape, type or number of a tensor is wrong.
+        """
+        model = getattr(self.pipeline, "model", None)
+        if hasattr(model, "field") and hasattr(model, "octree"):
+            sizes = model.field, model.octree.node_resolution, model.octree.max_level
+            require_model_state(checkpoints.model_state(state), *sizes, source=str(path))
 
     def check(self) -> list[str]:
         """Values that cannot work; one line each, naming the flag."""
@@ -164,6 +201,9 @@ class InfNeRFTrainer(Trainer):
         if config.is_viewer_enabled():
             require_address(config.viewer)
         self._candidates = _find_checkpoints_to_resume(config)
+        self._lock = FolderLock(require_own_folder(config))
+        if local_rank == 0:
+            self._lock.acquire()
         requested_step = config.load_step
         super().__init__(config, local_rank, world_size)
         config.load_step = requested_step
@@ -184,6 +224,8 @@ class InfNeRFTrainer(Trainer):
         self._resumed_random_state: Optional[dict[str, Any]] = None
         self._completed_step: Optional[int] = None
         self._saved_step: Optional[int] = None
+        self._not_written: Optional[str] = None
+        """why the newest checkpoint is not on the disk"""
 
     def setup(self, test_mode: Literal["test", "val", "inference"] = "val") -> None:
         """Build the pipeline, the optimizers and the viewer, and load the checkpoint to resume from. See nerfstudio."""
@@ -216,7 +258,7 @@ class InfNeRFTrainer(Trainer):
         """
         total = self.config.max_num_iterations
         if self._resumed_random_state is not None:
-            checkpoints.restore_random_state(self._resumed_random_state)
+            checkpoints.restore_random_state(self._resumed_random_state, str(self._resumed_from))
             self._resumed_random_state = None
         self._phase = "training"
         with self._signals:
@@ -225,6 +267,7 @@ class InfNeRFTrainer(Trainer):
                 super().train()
             finally:
                 self.config.max_num_iterations = total
+                self._lock.release()
 
     @profiler.time_function
     def train_iteration(self, step: int) -> TRAIN_INTERATION_OUTPUT:
@@ -310,11 +353,11 @@ class InfNeRFTrainer(Trainer):
         }
         keep = checkpoints.KEPT_CHECKPOINTS if self.config.save_only_latest_checkpoint else None
         path = checkpoints.checkpoint_path(self.checkpoint_dir, step)
-        failure = checkpoints.write_checkpoint(state, path, keep)
+        failure = self._not_written = checkpoints.write_checkpoint(state, path, keep)
         if failure is None:
             self._saved_step = step
         else:
-            warn(f"the checkpoint {path} could not be written ({failure}); older ones are untouched, training goes on")
+            warn(f"the checkpoint {path} could not be written ({failure}); the one before is kept, training goes on")
 
     def _load_checkpoint(self) -> None:
         """Load the newest readable candidate, found at construction; nothing to do for a new run."""
@@ -326,10 +369,10 @@ class InfNeRFTrainer(Trainer):
             self._check_steps_left(path, state["step"])
             self._check_photos(path)
             self._load_state(state, path)
-            extras = state.get("infnerf", {})
-            self._resumed_random_state = extras.get("random_state")
-            self._lr_scale = extras.get("lr_scale", 1.0)
-            self._guard.skipped = extras.get("skipped_steps", 0)
+            extras = _extras(state, path)
+            self._resumed_random_state = extras["random_state"]
+            self._lr_scale = extras["lr_scale"]
+            self._guard.skipped = extras["skipped_steps"]
             self._start_step = state["step"] + 1
             self._resumed_from = path
             print(f"infnerf: resumed from {path}; training goes on at step {self._start_step}", flush=True)
@@ -362,21 +405,31 @@ class InfNeRFTrainer(Trainer):
         }
         checkpoints.check_fits(names, wanted, "parameters", path)
         checkpoints.check_fits(state["optimizers"], self.optimizers.optimizers, "parameter groups", path)
+        self._load_parameters_and_moments(state, path)
+        source, schedulers = str(path), state.get("schedulers")
+        if self.config.load_scheduler and isinstance(schedulers, dict):
+            for name, scheduler in self.optimizers.schedulers.items():
+                if name in schedulers:
+                    what = f"learning rate schedule of {name}"
+                    scheduler.load_state_dict(require_plain(schedulers[name], scheduler.state_dict(), what, source))
+        self._apply_configured_rates(_extras(state, path)["lr_scale"])
+        scaler = self.grad_scaler.state_dict()
+        if scaler and state.get("scalers"):  # empty where a run has no mixed precision
+            scaler.update(require_plain(state["scalers"], scaler, "gradient scaler", source))
+            self.grad_scaler.load_state_dict(scaler)
+
+    def _load_parameters_and_moments(self, state: dict[str, Any], path: Path) -> None:
+        """Takes over the model and the optimizers of a checkpoint, whose names are those of this run."""
+        self.config.require_sound(state, path)
         try:
             self.pipeline.load_pipeline(state["pipeline"], state["step"])
+            for name, optimizer in self.optimizers.optimizers.items():
+                require_optimizer_state(state["optimizers"][name], optimizer, name, str(path))
             self.optimizers.load_optimizers(state["optimizers"])
         except (RuntimeError, ValueError) as error:
             raise InputError(
                 f"{path} does not fit these settings ({error}); train with the settings in the config.yml beside it"
             ) from error
-        if self.config.load_scheduler:
-            schedulers = state.get("schedulers", {})
-            self.optimizers.load_schedulers(
-                {name: schedulers[name] for name in self.optimizers.schedulers if name in schedulers}
-            )
-        self._apply_configured_rates(state.get("infnerf", {}).get("lr_scale", 1.0))
-        if state.get("scalers"):  # empty where the run before had no mixed precision
-            self.grad_scaler.load_state_dict(state["scalers"])
 
     def _apply_configured_rates(self, scale: float) -> None:
         """Learning rates follow the flags of this run, at the point of the schedule where the checkpoint stands."""
@@ -405,11 +458,10 @@ class InfNeRFTrainer(Trainer):
             raise InputError(
                 f"step {step}: the loss or a parameter stays NaN or infinite and {found[0]} cannot be read; {remedy}"
             )
-        self.pipeline.load_pipeline(state["pipeline"], state["step"])
-        self.optimizers.load_optimizers(state["optimizers"])
+        self._load_parameters_and_moments(state, found[0])
         self.optimizers.zero_grad_all()
         # The checkpoint may hold learning rates from before an earlier restore; the schedulers hold the current ones.
-        saved_scale = state.get("infnerf", {}).get("lr_scale", 1.0)
+        saved_scale = _extras(state, found[0])["lr_scale"]
         wanted_scale = self._lr_scale * config.lr_factor
         for name, optimizer in self.optimizers.optimizers.items():
             for group in optimizer.param_groups:
@@ -441,9 +493,12 @@ class InfNeRFTrainer(Trainer):
             super()._after_train()
         finally:
             viewer.quit_on_train_completion = quit_at_end
-        if self._saved_step is None:
+        if self._not_written is not None:
+            files = self._own_checkpoints() or ([self._resumed_from] if self._resumed_from else [])
+            kept = f"; {files[0]} is kept: train on from it with --load-dir {files[0]}" if files else ""
             raise InputError(
-                f"training ended but no checkpoint could be written to {self.checkpoint_dir}, see the warnings above"
+                f"training ended, but its last weights could not be written to {self.checkpoint_dir}"
+                f" ({self._not_written}): make room there, or allow writing{kept}"
             )
         self._print_result()
         if not quit_at_end:
@@ -505,13 +560,28 @@ class InfNeRFTrainer(Trainer):
         return {**norms, "Gradients/Total": torch.stack(list(norms.values())).sum()} if norms else {}
 
 
+def _extras(state: dict[str, Any], path: Path) -> dict[str, Any]:
+    """What a checkpoint holds under our own key, or what it would hold at the start of a run.
+
+    Raises:
+        InputError: a number there is not one.
+    """
+    fresh: dict[str, Any] = {"lr_scale": 1.0, "skipped_steps": 0}
+    saved = state.get("infnerf") or {}
+    extras = {**fresh, **require_plain(saved, fresh, "training", str(path))}
+    if not 0 < extras["lr_scale"] <= 1:
+        raise InputError(f"{path} cannot be used: its learning rates are {extras['lr_scale']:g} of the configured ones")
+    return {**extras, "random_state": saved.get("random_state")}
+
+
 def _find_checkpoints_to_resume(config: TrainerConfig) -> list[Path]:
     """Checkpoints to try, best first; empty for a new run. Raises InputError if what the flags name is not there."""
     if config.load_dir is not None:
         return checkpoints.resume_candidates(config.load_dir, config.relative_model_dir, config.load_step)
     if config.load_checkpoint is not None:
-        if not checkpoints.is_whole(config.load_checkpoint):
-            what = "is damaged" if config.load_checkpoint.exists() else "does not exist"
-            raise InputError(f"--load-checkpoint {config.load_checkpoint}: the file {what}")
+        require_regular_file(config.load_checkpoint, "--load-checkpoint")
+        problem = damage(config.load_checkpoint)
+        if problem is not None:
+            raise InputError(f"--load-checkpoint {config.load_checkpoint}: the file is damaged ({problem})")
         return [config.load_checkpoint]
     return []
