@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
 from typing import Annotated, Any, Literal
@@ -59,6 +60,7 @@ from infnerf_ns.streaming.config import StreamingConfig
 from infnerf_ns.streaming.node_cache import budget_bytes
 from infnerf_ns.streaming.packing import CHECKSUMS
 from infnerf_ns.streaming.views import StreamedViews
+from infnerf_ns.threads import THREADS_VARIABLE, MeasuredThreads
 from infnerf_ns.training.growth import Growth, Watch
 from infnerf_ns.training.growth_rules import GrowthConfig
 from infnerf_ns.tree_building import SOURCES, OctreeConfig, build_tree, log_tree, require_memory
@@ -183,6 +185,7 @@ class InfNeRFModel(Model):
         self.renderer_normals = NormalsRenderer()
         self.normals_shader = NormalsShader()
         self.step, self.total_steps = 0, 0
+        self._threads = MeasuredThreads("renders", "a chunk of rays", f"{THREADS_VARIABLE}=N")
         self.views: StreamedViews | None = None
         """what a packed model does before and after an image"""
         self.footprint_scale = 1.0
@@ -317,9 +320,12 @@ class InfNeRFModel(Model):
     def forward(self, ray_bundle: RayBundle) -> dict[str, Tensor]:
         """Renders rays; those of a packed model region by region, where they do not come from one place."""
         may_be_interrupted()
-        if self.training or self.views is None:
+        if self.training:  # the trainer measures whole steps
             return super().forward(ray_bundle)
-        return self.views.by_region(ray_bundle, super().forward)
+        with self._threads.piece(len(ray_bundle)) if self.device.type == "cpu" else nullcontext():
+            if self.views is None:
+                return super().forward(ray_bundle)
+            return self.views.by_region(ray_bundle, super().forward)
 
     def get_rgba_image(self, outputs: dict[str, Tensor], output_name: str = "rgb") -> Float[Tensor, "*bs 4"]:
         """Colour with the accumulation as alpha, so that exported point clouds and meshes leave the background out."""

@@ -5,6 +5,7 @@ It also gives each octree level its own optimizer, from one configuration per ki
 
 import functools
 import shlex
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, Literal, Optional, cast
@@ -28,6 +29,7 @@ from infnerf_ns.run_config import make_paths_absolute, read_run_config
 from infnerf_ns.state_validation import require_model_state, require_optimizer_state, require_plain
 from infnerf_ns.streaming.packing import CHECKSUMS
 from infnerf_ns.streaming.page_files import PAGES
+from infnerf_ns.threads import MeasuredThreads, fix_threads, thread_problems
 from infnerf_ns.training import checkpoints
 from infnerf_ns.training.level_groups import expand_optimizers, level_group, optimizer_problems
 from infnerf_ns.training.run_folder import FolderLock, require_own_folder
@@ -52,6 +54,9 @@ class InfNeRFTrainerConfig(TrainerConfig):
     _target: type = field(default_factory=lambda: InfNeRFTrainer)
     level_lr_factor: Annotated[float, Range(0.1, 10.0)] = 1.0
     """Learning rate of the parameters of octree level L = learning rate of their kind * level_lr_factor ** L."""
+    threads: int = 0
+    """Threads that compute on the CPU; 0: as many as are fastest, which is measured while training and depends on what
+    else the machine does. The result does not depend on it."""
     stability: StabilityConfig = field(default_factory=StabilityConfig)
     """What happens when the loss or a gradient is NaN or infinite."""
     run_folder: Annotated[Optional[Path], tyro.conf.Suppress] = None
@@ -134,7 +139,7 @@ class InfNeRFTrainerConfig(TrainerConfig):
 
     def check(self) -> list[str]:
         """Values that cannot work; one line each, naming the flag."""
-        problems = port_problems(self.viewer)
+        problems = port_problems(self.viewer) + thread_problems(self.threads)
         if self.max_num_iterations < 1:
             problems.append(f"--max-num-iterations {self.max_num_iterations}: allowed is at least 1")
         for name in ("steps_per_save", "steps_per_eval_batch", "steps_per_eval_image", "steps_per_eval_all_images"):
@@ -215,6 +220,8 @@ class InfNeRFTrainer(Trainer):
             # every bank in every step, a cost that grows with the tree.
             self._half_type = torch.bfloat16
             self.grad_scaler = GradScaler("cuda", enabled=config.use_grad_scaler)
+        fix_threads(config.threads)
+        self._threads = MeasuredThreads("trains", "a step", "--threads N")
         self._signals = StopSignals(self._on_stop_request)
         self._phase: Literal["setup", "training", "evaluating", "waiting"] = "setup"
         self.stop_training = False
@@ -272,6 +279,10 @@ class InfNeRFTrainer(Trainer):
     @profiler.time_function
     def train_iteration(self, step: int) -> TRAIN_INTERATION_OUTPUT:
         """One optimisation step; it is skipped if the loss or a gradient is not finite (see `StabilityConfig`)."""
+        with self._threads.piece() if self.device == "cpu" else nullcontext():
+            return self._step(step)
+
+    def _step(self, step: int) -> TRAIN_INTERATION_OUTPUT:
         groups = list(self.optimizers.parameters)
         accumulation = self.gradient_accumulation_steps
         self.optimizers.zero_grad_some([group for group in groups if step % accumulation[group] == 0])
