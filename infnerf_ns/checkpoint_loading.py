@@ -127,6 +127,11 @@ def _require_shapes(field: OctreeField, near_planes: NearPlanes | None, state: d
         near_planes.fit(len(state["near_planes.points"]))
     for name, value in field.named_parameters():
         saved = state.get(f"field.{name}", value)  # a packed one lacks what is in its pages
+        if name == "appearance.weight" and len(saved) != len(value) and saved.shape[1:] == value.shape[1:]:
+            raise InputError(
+                f"the checkpoint was trained on {len(saved)} photos, but the capture has {len(value)} to train on now:"
+                " put them back, or take out what was added"
+            )
         if saved.shape != value.shape:
             raise InputError(
                 f"the checkpoint's field.{name} is {tuple(saved.shape)}, but the configuration asks for"

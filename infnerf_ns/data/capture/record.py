@@ -21,7 +21,7 @@ from pathlib import Path, PurePath
 from typing import Any
 
 import torch
-from nerfstudio.cameras.cameras import Cameras
+from nerfstudio.cameras.cameras import Cameras, CameraType
 from nerfstudio.data.dataparsers.base_dataparser import DataParserConfig, DataparserOutputs
 from nerfstudio.data.datasets.base_dataset import InputDataset
 from nerfstudio.data.scene_box import SceneBox
@@ -43,6 +43,7 @@ _CAMERA_FIELDS = [
     *("camera_to_worlds", "fx", "fy", "cx", "cy", "width", "height"),
     *("distortion_params", "camera_type", "times"),
 ]
+_MAX_SIDE = 1 << 17
 _THUMBNAIL = 100
 """Rows of the grey picture that stands for a missing photo in the viewer."""
 
@@ -61,11 +62,12 @@ class RecordedOutputs(CaptureOutputs):
     """reads the split from the capture as it is now"""
 
     def missing(self, indices: Sequence[int] | None = None) -> list[Path]:
-        """Photos, and masks, that are not there, of all or of those with the given indices."""
-        indices = range(len(self.image_filenames)) if indices is None else indices
-        files = [self.image_filenames[index] for index in indices]
-        files += [self.mask_filenames[index] for index in indices] if self.mask_filenames is not None else []
-        return [path for path in files if not path.is_file()]
+        """For each photo whose file, or whose mask, is not there, that file; of all photos or those with the given
+        indices."""
+        kinds = [self.image_filenames] + ([] if self.mask_filenames is None else [self.mask_filenames])
+        chosen = range(len(self.image_filenames)) if indices is None else indices
+        absent = (next((kind[index] for kind in kinds if not kind[index].is_file()), None) for index in chosen)
+        return [path for path in absent if path is not None]
 
     def require(self) -> None:
         """Makes sure that all photos are there.
@@ -382,12 +384,10 @@ def _fingerprint(config: DataParserConfig) -> dict[str, Any]:
         value = getattr(config, each.name)
         if isinstance(value, Path):
             value = None if value.is_absolute() else str(value)
-        elif isinstance(value, tuple):
-            value = list(value)
-        plain = value is None or isinstance(value, (bool, int, float, str, list))
+        plain = value is None or isinstance(value, (bool, int, float, str, list, tuple))
         if plain and not each.name.startswith(("_", "load_3D", "max_2D")) and each.name not in ("data", "cache_dir"):
             options[each.name] = value
-    return {"class": type(config).__name__, "options": options}
+    return {"class": type(config).__name__, "options": json.loads(json.dumps(options))}  # tuples become lists, as read
 
 
 def _same_split(one: DataparserOutputs, other: DataparserOutputs) -> bool:
@@ -446,8 +446,13 @@ def _unpack(content: dict[str, Any], prefix: str, tensors: dict[str, Tensor]) ->
     if (masks is not None and len(masks) != count) or len(sizes) not in (0, count):
         raise ValueError(f"there are {count} photos, but not as many masks or sizes")
     finite = all(bool(torch.isfinite(value).all()) for value in own.values() if value.is_floating_point())
-    if not finite or (count and not bool((own["width"] > 0).all() and (own["height"] > 0).all())):
-        raise ValueError("a camera holds NaN, infinity or no pixel")
+    sizes_fit = all(bool(((own[name] > 0) & (own[name] <= _MAX_SIDE)).all()) for name in ("width", "height"))
+    if (
+        not finite
+        or not sizes_fit
+        or not set(own["camera_type"].flatten().tolist()) <= {kind.value for kind in CameraType}
+    ):
+        raise ValueError("a camera holds NaN, infinity, no pixel, or a kind that there is not")
     if own["scene_box"].shape != (2, 3) or own["transform"].shape[-2:] not in ((3, 4), (4, 4)):
         raise ValueError("the scene box or the transform has another shape")
     metadata = None
