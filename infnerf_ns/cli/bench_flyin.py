@@ -24,6 +24,7 @@ from nerfstudio.cameras.cameras import Cameras
 from rich.progress import track
 from torch import Tensor
 
+from infnerf_ns.camera_paths import read_camera_path
 from infnerf_ns.cli.bench_machine import describe_machine
 from infnerf_ns.cli.bench_output import table_and_plot, write_table
 from infnerf_ns.cli.fly_in_path import between, camera_path, fly_in
@@ -111,12 +112,7 @@ class Flyin:
     def _path(self, pipeline: InfNeRFPipeline) -> Cameras:
         """The cameras of the flight; one that is made here is written down."""
         if self.camera_path is not None:
-            try:
-                path = get_path_from_json(json.loads(self.camera_path.read_text(encoding="utf-8")))
-            except (ValueError, KeyError, TypeError, RuntimeError) as error:
-                raise InputError(
-                    f"--camera-path {self.camera_path}: not a camera path of nerfstudio ({error})"
-                ) from error
+            path = get_path_from_json(read_camera_path(self.camera_path, "--camera-path"))
             if len(path) < 2:
                 raise InputError(f"--camera-path {self.camera_path}: a flight has two cameras or more")
             path.rescale_output_resolution(self.width / float(path.width[0]))
