@@ -62,11 +62,11 @@ def _check_render(config: Any) -> None:
             raise InputError(f"--camera-path-filename {path}: lacks the entry seconds, how long the video is")
     names = flag_values("rendered-output-names") or []
     own = [*output_names(config), "rgba"]
-    allowed = list(own)
-    if command == "dataset":
-        allowed += [f"raw-{name}" for name in own] + [f"{kind}-{name}" for kind in ("gt", "raw-gt") for name in _PHOTOS]
+    more = [f"raw-{name}" for name in own] + [f"{kind}-{name}" for kind in ("gt", "raw-gt") for name in _PHOTOS]
     for name in names:
-        _require_output("rendered-output-names", name, allowed)
+        if command != "dataset" or name not in more:
+            also = " (also as raw-rgb ..., and gt-rgb for the photo)" if command == "dataset" else ""
+            _require_output("rendered-output-names", name, own, also)
     pictures = command == "dataset" or _last("output-format") == "images"
     if "rgba" in names and len(names) > 1 and command != "dataset":
         raise InputError("--rendered-output-names rgba: it has no place beside others in one picture, render it alone")
@@ -95,9 +95,9 @@ def output_names(config: Any) -> list[str]:
     return [name for name in _OUTPUTS if normals or name != "normals"]
 
 
-def _require_output(flag: str, name: str, allowed: Sequence[str]) -> None:
+def _require_output(flag: str, name: str, allowed: Sequence[str], also: str = "") -> None:
     if name not in allowed:
-        raise InputError(f"--{flag} {name}: the model has no such output, it has {', '.join(allowed)}")
+        raise InputError(f"--{flag} {name}: the model has no such output, it has {', '.join(allowed)}{also}")
 
 
 def _last(flag: str) -> str | None:

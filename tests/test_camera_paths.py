@@ -89,7 +89,7 @@ def _crop(**changes: Any) -> dict:
     ],
 )
 def test_what_nerfstudio_cannot_draw_is_refused(tmp_path: Path, changes: dict, said: str) -> None:
-    with pytest.raises(InputError, match=f"--camera-path .*path.json: {said}" if "camera_" not in said else said):
+    with pytest.raises(InputError, match=f"--camera-path .*path.json: .*{said}"):
         read_camera_path(written(tmp_path, **changes), "--camera-path")
 
 
