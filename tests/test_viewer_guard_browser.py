@@ -9,7 +9,7 @@ from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
-from browser import CHROMIUM, browser
+from browser import CHROMIUM, Page, browser
 from test_viewer_guard import Open
 
 pytestmark = [
@@ -54,19 +54,17 @@ def test_the_page_loads_whole_and_other_sites_are_refused(opened: Open, other_si
         page.call("Page.navigate", url=f"http://127.0.0.1:{opened.port}/")
         page.wait_for("the panel", lambda: "Octree" in page.text() and "Resolution" in page.text())
         page.wait_for("a picture", lambda: "Resolution: 0x0px" not in page.text())
-        loaded = "performance.getEntriesByType('resource').map(e => [new URL(e.name).pathname, e.responseStatus])"
-        files = page.wait_for(
-            "the font and the texture",
-            lambda: (
-                found
-                if any(".ttf" in name for name, _ in (found := page.evaluate(loaded)))
-                and any(".hdr" in name for name, _ in found)
-                else None
-            ),
-        )
-        own = [(name, status) for name, status in files if not name.startswith("/_static")]
-        assert own and all(status == 200 for _, status in own), own
+        files = page.wait_for("the font and the texture", lambda: _loaded(page))
+        assert all(status == 200 for _, status in files), files
         assert socket_opens() == "open"
         page.call("Page.navigate", url=other_site)
         page.wait_for("the other page", lambda: page.text() == "other")
         assert socket_opens() == "refused"
+
+
+def _loaded(page: Page) -> list[tuple[str, int]]:
+    """Path and status of every file of the page; none until font and texture have come."""
+    entries = "performance.getEntriesByType('resource').filter(e => e.name.startsWith(location.origin))"
+    files = page.evaluate(f"{entries}.map(e => [new URL(e.name).pathname, e.responseStatus])")
+    complete = all(any(name.endswith(suffix) for name, _ in files) for suffix in (".ttf", ".hdr"))
+    return files if complete else []
