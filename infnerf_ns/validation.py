@@ -207,7 +207,7 @@ def _check_value(flag: str, value: Any, hint: Any, report: Report) -> None:
         if math.isnan(number):
             report.problems.append(f"{flag} {_show(value)}: is not a number")
             continue
-        if math.isinf(number) and limits:
+        if math.isinf(number) and limits and all(limit.allows(number) for limit in limits):
             report.problems.append(f"{flag} {_show(value)}: give a finite number")
             continue
         for limit in limits:
