@@ -29,6 +29,7 @@ from nerfstudio.utils.rich_utils import CONSOLE
 from torch import Tensor
 from torch.nn import Parameter
 
+from infnerf_ns.camera_paths import drawable
 from infnerf_ns.checkpoint_loading import (
     checkpoint_octree,
     fit_whole,
@@ -273,7 +274,12 @@ class InfNeRFModel(Model):
 
     def camera_rays(self, camera: Cameras, obb_box: OrientedBox | None = None) -> RayBundle:
         """Rays [H, W] of one camera with its near plane; orthographic ones have the constant footprint of their ground
-        pixel."""
+        pixel.
+
+        Raises:
+            InputError: it cannot be drawn.
+        """
+        camera = drawable(camera)
         rays = camera.generate_rays(camera_indices=0, keep_shape=True, obb_box=obb_box)
         if int(camera.camera_type.flatten()[0]) == CameraType.ORTHOPHOTO.value:
             radius = 1 / (2 * float(camera.fx.flatten()[0]))
@@ -312,6 +318,7 @@ class InfNeRFModel(Model):
     def get_outputs_for_camera(self, camera: Cameras, obb_box: OrientedBox | None = None) -> dict[str, Tensor]:
         """Renders a camera; of a packed model, what the next camera needs is loaded behind it."""
         with interrupted_between_chunks():
+            camera = drawable(camera)
             outputs = self.get_outputs_for_camera_ray_bundle(self.camera_rays(camera, obb_box))
             if self.views is not None and self.config.streaming.prefetch:
                 self.views.expect_next(camera, self.camera_rays, self.footprint_scale)

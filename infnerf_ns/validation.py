@@ -94,6 +94,18 @@ def enforce(report: Report) -> None:
         warn(line)
 
 
+def require_valid(config: Any) -> None:
+    """`validate_config` of a command's options, then `enforce`.
+
+    Args:
+        config: the command, a dataclass instance.
+
+    Raises:
+        InputError: an option is wrong.
+    """
+    enforce(validate_config(config))
+
+
 def read_yaml(path: Path) -> dict[str, Any]:
     """Read a YAML file whose top level is a mapping; keys given twice are an error, as one of them would be lost.
 
@@ -197,6 +209,10 @@ def _check_value(flag: str, value: Any, hint: Any, report: Report) -> None:
     for number in _numbers(value):
         if math.isnan(number):
             report.problems.append(f"{flag} {_show(value)}: is not a number")
+            continue
+        if math.isinf(number) and limits and all(limit.allows(number) for limit in limits):
+            report.problems.append(f"{flag} {_show(value)}: give a finite number")
+            continue
         for limit in limits:
             if not limit.allows(number):
                 report.problems.append(f"{flag} {_show(value)}: allowed is {limit}")

@@ -5,12 +5,12 @@ from __future__ import annotations
 
 import errno
 import socket
-import sys
 from typing import TYPE_CHECKING
 
 from nerfstudio.configs.base_config import ViewerConfig
 
 from infnerf_ns import viewer_guard
+from infnerf_ns.arguments import flag_values
 from infnerf_ns.errors import InputError
 from infnerf_ns.validation import warn
 
@@ -25,12 +25,21 @@ _LAST_PORT = 65535
 
 def port_problems(settings: ViewerConfig) -> list[str]:
     """Ports that do not exist, one line each."""
-    ports = {"port": settings.websocket_port, "port-default": settings.websocket_port_default}
-    return [
-        f"--viewer.websocket-{name} {port}: allowed is 0 to {_LAST_PORT} (0: any that is free)"
-        for name, port in ports.items()
-        if port is not None and not 0 <= port <= _LAST_PORT
-    ]
+    ports = {"websocket-port": settings.websocket_port, "websocket-port-default": settings.websocket_port_default}
+    problems = [port_problem(name, port) for name, port in ports.items() if port is not None]
+    return [problem for problem in problems if problem is not None]
+
+
+def port_problem(name: str, port: int) -> str | None:
+    """One line if there is no such port.
+
+    Args:
+        name: of the setting.
+        port: its value.
+    """
+    if 0 <= port <= _LAST_PORT:
+        return None
+    return f"--viewer.{name} {port}: allowed is 0 to {_LAST_PORT} (0: any that is free)"
 
 
 def require_address(settings: ViewerConfig) -> None:
@@ -91,7 +100,7 @@ def for_ns_viewer(settings: ViewerConfig, vis: str) -> ViewerConfig:
         InputError: see `require_address` and `require_guarded`.
     """
     require_guarded(vis)
-    if settings.websocket_host == ViewerConfig.websocket_host and not _asked_for("websocket-host"):
+    if settings.websocket_host == ViewerConfig.websocket_host and flag_values("viewer.websocket-host") is None:
         settings.websocket_host = HOST
     require_address(settings)
     viewer_guard.arm(settings.websocket_host, settings.make_share_url)
@@ -111,21 +120,17 @@ def require_guarded(vis: str) -> None:
         )
 
 
-def _asked_for(option: str) -> bool:
-    flags = [argument.partition("=")[0].replace("_", "-") for argument in sys.argv[1:]]
-    return f"--viewer.{option}" in flags
-
-
 def say_address(viewer: Viewer) -> None:
     """Tells where the viewer is to be found if that is not where it should be, and who can reach it."""
     settings = viewer.config
     port = listening_port(viewer)
     wanted = settings.websocket_port or settings.websocket_port_default
     if port != wanted:
-        if settings.websocket_port != 0:
-            print(f"infnerf: port {wanted} is taken by another program; the viewer uses port {port}", flush=True)
         host = "localhost" if settings.websocket_host in _EVERYWHERE else settings.websocket_host
-        viewer.viewer_info = [f"Viewer running locally at: http://{f'[{host}]' if ':' in host else host}:{port}"]
+        address = f"http://{f'[{host}]' if ':' in host else host}:{port}"
+        taken = "" if settings.websocket_port == 0 else f"port {wanted} is taken by another program; "
+        print(f"infnerf: {taken}the viewer is at {address}", flush=True)
+        viewer.viewer_info = [f"Viewer running locally at: {address}"]
     if settings.websocket_host in _EVERYWHERE:
         warn(
             f"the viewer listens on every network of this machine: whoever reaches port {port} sees the scene and can"

@@ -247,6 +247,22 @@ def test_depth_images_are_those_of_the_surface(cache_dir, scene, rays):
     assert (np.load(files[0]) == 0).mean() < 0.9
 
 
+def test_smaller_photos_have_smaller_cameras(cache_dir, scene):
+    """Regression: ``ns-render dataset --downscale-factor 2`` ended in a bare AssertionError."""
+    whole, small = (
+        small_config(cache_dir, downscale_factor=factor, depth=True).setup().get_dataparser_outputs("val")
+        for factor in (None, 2.0)
+    )
+    assert small.cameras.width.unique().item() == 20 and small.cameras.height.unique().item() == 15
+    torch.testing.assert_close(small.cameras.fx * 2, whole.cameras.fx)
+    torch.testing.assert_close(small.cameras.camera_to_worlds, whole.cameras.camera_to_worlds)
+    for before, after in zip(whole.image_filenames, small.image_filenames, strict=True):
+        means = np.asarray(Image.open(before)).reshape(15, 2, 20, 2, 3).mean(axis=(1, 3))
+        np.testing.assert_allclose(np.asarray(Image.open(after)), means, atol=0.51)
+    depth = np.load(small.metadata["depth_filenames"][0])
+    assert np.array_equal(depth, np.load(whole.metadata["depth_filenames"][0])[1::2, 1::2])
+
+
 def test_depth_images_are_made_once_and_leave_the_photos_alone(cache_dir, scene, monkeypatch, capsys):
     before, stamps = contents(scene), [photo.stat().st_mtime_ns for photo in scene.photos]
     files = load_or_generate_depths(scene)

@@ -20,6 +20,7 @@ from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Annotated
 
 import numpy as np
 import psutil
@@ -49,6 +50,7 @@ from infnerf_ns.streaming.node_cache import BUDGET_VARIABLE
 from infnerf_ns.streaming.packing import small_state, write_pages
 from infnerf_ns.streaming.page_files import PAGES
 from infnerf_ns.streaming.views import FrameReport
+from infnerf_ns.validation import Range, require_valid
 
 _MIB = 2**20
 _STATE = "small.pt"
@@ -63,20 +65,20 @@ class Memory:
 
     sizes: tuple[int, ...] = (1, 2, 4, 8)
     """Blocks per side of the towns."""
-    steps: int = 2000
+    steps: Annotated[int, Range(high=10_000_000)] = 2000
     """Training steps of a town of one block; the others take this many times their blocks per side."""
-    rays: int = 1024
+    rays: Annotated[int, Range(high=1 << 20)] = 1024
     """Rays per step."""
-    width: int = 960
+    width: Annotated[int, Range(high=65_535)] = 960
     """Of the views, in pixels."""
-    height: int = 540
+    height: Annotated[int, Range(high=65_535)] = 540
     """Of the views, in pixels."""
     preset: str = "infnerf-big"
     """A preset, or a YAML file."""
     log2_table_size: int = 16
     """Most entries of a hash level of grids and proposals, as a power of two. With 17, as in the preset, pages are
     twice as large, and a town of 8 x 8 blocks does not fit into 24 GB while it is trained."""
-    seed: int = 0
+    seed: Annotated[int, Range(high=2**32 - 1)] = 0
     """Of the towns."""
     output: Path = Path("memory")
     """Table, plot and pictures: this name with .csv, .png and _views.png."""
@@ -84,6 +86,7 @@ class Memory:
     def main(self) -> None:
         """Builds, trains and packs the towns, renders the views, prints a table and writes it, a plot and pictures."""
         self._check()
+        require_valid(self)
         print(describe_machine())
         print(
             f"{self.preset}, tables of 2^{self.log2_table_size}, {self.steps} steps of {self.rays} rays per block of a"

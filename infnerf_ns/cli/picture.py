@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Annotated
 
 import cv2
 import numpy as np
@@ -16,6 +17,7 @@ import tyro
 from infnerf_ns.cli.runs import open_run
 from infnerf_ns.errors import InputError
 from infnerf_ns.pipeline import InfNeRFPipeline
+from infnerf_ns.validation import Range, require_valid
 
 _SUFFIXES = (".png", ".jpg")
 
@@ -28,15 +30,18 @@ class Picture:
     """config.yml of the run."""
     output: Path
     """Picture to write, .png or .jpg."""
-    photos: tuple[int, ...] = (0,)
+    photos: Annotated[tuple[int, ...], Range(0)] = (0,)
     """Numbers of the held-out photos, one row each."""
-    level: int = 0
+    level: Annotated[int, Range(0, 30)] = 0
     """Pyramid level to show: 0 full size, 1 half ..."""
-    width: int = 1500
+    width: Annotated[int, Range(1, 65_535)] = 1500
     """Largest width of the picture in pixels."""
 
     def main(self) -> None:
         """Renders and writes the picture."""
+        require_valid(self)
+        if not self.photos:
+            raise InputError("--photos: give the number of at least one held-out photo")
         if not self.load_config.is_file():
             raise InputError(f"--load-config {self.load_config}: there is no such file; give a run's config.yml")
         if self.output.suffix.lower() not in _SUFFIXES:

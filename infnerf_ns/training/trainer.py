@@ -22,6 +22,7 @@ from torch.optim.lr_scheduler import LambdaLR
 
 from infnerf_ns import viewer_guard
 from infnerf_ns.checkpoint_archive import damage
+from infnerf_ns.command_line import check_command
 from infnerf_ns.data.capture.record import RECORD, CaptureRecord, same_photos
 from infnerf_ns.errors import InputError
 from infnerf_ns.regular_files import require_regular_file
@@ -32,6 +33,7 @@ from infnerf_ns.streaming.page_files import PAGES
 from infnerf_ns.threads import MeasuredThreads, fix_threads, thread_problems
 from infnerf_ns.training import checkpoints
 from infnerf_ns.training.level_groups import expand_optimizers, level_group, optimizer_problems
+from infnerf_ns.training.logging_services import require_services
 from infnerf_ns.training.run_folder import FolderLock, require_own_folder
 from infnerf_ns.training.stability import StabilityConfig, StepGuard, gradients_finite, values_finite
 from infnerf_ns.training.stopping import StopSignals, exit_code
@@ -82,11 +84,12 @@ class InfNeRFTrainerConfig(TrainerConfig):
     def get_checkpoint_dir(self) -> Path:
         """The checkpoint folder; also points ``load_step`` at the newest whole file in it, where there is one, the
         model at the folder of its pages, should the run be packed, and the data manager at what the run has kept of
-        its capture.
+        its capture; what cannot work is said first (`check_command`).
 
         ns-eval, ns-render, ns-export and ns-viewer call this right before they load. Left to themselves they take the
         file with the highest step even if it is truncated. Nothing is written or moved, so a read-only run works too.
         """
+        check_command(self)
         folder = super().get_checkpoint_dir()
         whole = checkpoints.whole_checkpoints(folder, first=self.load_step)
         if whole:
@@ -203,6 +206,7 @@ class InfNeRFTrainer(Trainer):
     def __init__(self, config: InfNeRFTrainerConfig, local_rank: int = 0, world_size: int = 1) -> None:
         enforce(validate_config(config))
         require_guarded(config.vis)
+        require_services(config)
         if config.is_viewer_enabled():
             require_address(config.viewer)
         self._candidates = _find_checkpoints_to_resume(config)
