@@ -46,5 +46,5 @@ def dense_step(bank: Parameter, optimizer: NodeAdam, gradient: Tensor) -> None:
     """A step of the readable twin."""
     bank.grad = gradient.clone()
     with torch.no_grad():
-        _dense_step(bank, optimizer._moments(bank), optimizer.param_groups[0])
+        _dense_step(bank, optimizer._moments(bank), optimizer.param_groups[0], optimizer._clipping())
     bank.grad = None
