@@ -95,7 +95,7 @@ def touched_step(bank, grad, touched, rows, row_steps, exp_avg, exp_avg_sq, lr, 
             m_block, v_block = exp_avg[r, start:stop], exp_avg_sq[r, start:stop]
             if scale != one:
                 for k in range(stop - start):
-                    g_block[k] *= scale
+                    g_block[k] *= scale if _magnitude(g_block[k]) < _TOO_LARGE else one
             if stop - start == _BLOCK:  # a length known to the compiler, and no branch: entries with no gradient keep
                 for k in range(_BLOCK):
                     g, m0, v0 = g_block[k], m_block[k], v_block[k]

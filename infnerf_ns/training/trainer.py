@@ -25,7 +25,8 @@ from infnerf_ns.state_validation import require_model_state, require_optimizer_s
 from infnerf_ns.streaming.packing import CHECKSUMS
 from infnerf_ns.streaming.page_files import PAGES
 from infnerf_ns.training import checkpoints
-from infnerf_ns.training.level_groups import expand_optimizers, level_group, optimizer_problems
+from infnerf_ns.training.event_files import spare_the_training
+from infnerf_ns.training.level_groups import accumulation_problems, expand_optimizers, level_group, optimizer_problems
 from infnerf_ns.training.optimizer import LevelOptimizers, NodeAdam
 from infnerf_ns.training.run_folder import FolderLock, require_own_folder
 from infnerf_ns.training.stability import StabilityConfig, StepGuard, groups_not_finite, values_finite
@@ -109,15 +110,7 @@ class InfNeRFTrainerConfig(TrainerConfig):
         for name in ("steps_per_save", "steps_per_eval_batch", "steps_per_eval_image", "steps_per_eval_all_images"):
             if getattr(self, name) < 0:
                 problems.append(f"--{name.replace('_', '-')} {getattr(self, name)}: allowed is at least 0 (0: never)")
-        for name, steps in self.gradient_accumulation_steps.items():
-            match = level_group(name)
-            if name not in self.optimizers and (match is None or match["kind"] not in self.optimizers):
-                problems.append(
-                    f"--gradient-accumulation-steps {name}: there is no such group; there are"
-                    f" {', '.join(self.optimizers)}, each also for one octree level, as in grids_2"
-                )
-            if steps < 1:
-                problems.append(f"--gradient-accumulation-steps {name} {steps}: allowed is at least 1")
+        problems += accumulation_problems(self.gradient_accumulation_steps, self.optimizers)
         for kind, group in self.optimizers.items():
             problems += optimizer_problems(kind, group)
         if self.machine.num_devices * self.machine.num_machines > 1:
@@ -129,7 +122,7 @@ class InfNeRFTrainerConfig(TrainerConfig):
         advice = [
             f"--optimizers.{kind}.optimizer.lr {group['optimizer'].lr} is unusually large (above 0.1)"
             for kind, group in self.optimizers.items()
-            if group["optimizer"].lr > 0.1
+            if not optimizer_problems(kind, group) and group["optimizer"].lr > 0.1
         ]
         octree, growth = (getattr(getattr(self.pipeline, "model", None), name, None) for name in ("octree", "growth"))
         deepest = 0 if octree is None else {"root": 0, "full": octree.full_level}.get(octree.start, octree.max_level)
@@ -195,6 +188,7 @@ class InfNeRFTrainer(Trainer):
             self._lock.acquire()
         with self._signals:
             super().setup(test_mode)
+        spare_the_training()
 
     def setup_optimizers(self) -> Optimizers:
         """One optimizer per parameter group; the configuration names kinds, the model's groups are kinds per level."""
