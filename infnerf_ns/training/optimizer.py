@@ -185,7 +185,7 @@ def _dense_step(bank: Tensor, state: dict, group: dict, factor: Tensor) -> Int[T
     """The same update in torch, for devices without an in-place gradient; gives the number of gradients left out."""
     usable, gradient = _usable(bank.grad), factor * bank.grad
     touched = usable & (bank.grad != 0)
-    rows = touched.any(dim=1)
+    rows = (bank.grad != 0).any(dim=1)
     state["row_steps"] += rows
     beta1, beta2 = group["betas"]
     steps = state["row_steps"].clamp(min=1).double()[:, None]
