@@ -27,6 +27,7 @@ from torch import Tensor
 
 from infnerf_ns.data.pyramid import level_name
 from infnerf_ns.data.pyramid_datamanager import PyramidDataManager, PyramidDataManagerConfig
+from infnerf_ns.errors import InputError
 from infnerf_ns.losses.config import SMALLEST_PATCH
 from infnerf_ns.model import APPEARANCE, InfNeRFModel, InfNeRFModelConfig
 from infnerf_ns.training_pictures import training_pictures
@@ -63,6 +64,18 @@ class InfNeRFPipelineConfig(VanillaPipelineConfig):
                 f" {SMALLEST_PATCH}) and a --pipeline.datamanager.patch-share above 0, e.g. 0.25"
             ]
         return []
+
+
+@contextmanager
+def _said_if_not_written(path: Path) -> Iterator[None]:
+    """One line where the disk is full or nothing may be written."""
+    try:
+        yield
+    except OSError as error:
+        raise InputError(
+            f"{path} cannot be written ({error.strerror or error}): free disk space, or choose another folder with"
+            " --render-output-path"
+        ) from error
 
 
 class InfNeRFPipeline(VanillaPipeline):
@@ -197,7 +210,8 @@ class InfNeRFPipeline(VanillaPipeline):
         del step
         self.eval()
         if output_path is not None:
-            output_path.mkdir(exist_ok=True, parents=True)
+            with _said_if_not_written(output_path):
+                output_path.mkdir(exist_ok=True, parents=True)
         rows = []
         columns = (
             TextColumn("[progress.description]{task.description}"),
@@ -214,7 +228,8 @@ class InfNeRFPipeline(VanillaPipeline):
                 rows.append(metrics)
                 for name, image in images.items() if output_path is not None else ():
                     file = output_path / f"{image_prefix}_{name}_{number:04d}.png"
-                    torchvision.utils.save_image(image.permute(2, 0, 1).cpu(), file)
+                    with _said_if_not_written(file):
+                        torchvision.utils.save_image(image.permute(2, 0, 1).cpu(), file)
                 progress.advance(task)
         self.train()
         averages = {}

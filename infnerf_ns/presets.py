@@ -21,6 +21,7 @@ from infnerf_ns.data.pyramid_datamanager import PyramidDataManagerConfig
 from infnerf_ns.errors import InputError
 from infnerf_ns.model import InfNeRFModelConfig
 from infnerf_ns.pipeline import InfNeRFPipelineConfig
+from infnerf_ns.regular_files import file_problem
 from infnerf_ns.training.level_groups import DecayToEndSchedulerConfig
 from infnerf_ns.training.optimizer import NodeAdamOptimizerConfig
 from infnerf_ns.training.trainer import InfNeRFTrainerConfig
@@ -99,8 +100,9 @@ def user_settings() -> Optional[Path]:
     if not value:
         return None
     path = Path(value)
-    if not path.is_file():
-        raise InputError(f"{SETTINGS_VARIABLE}={value}: there is no such file; unset the variable or correct it")
+    problem = file_problem(path)
+    if problem is not None:
+        raise InputError(f"{SETTINGS_VARIABLE}={value}: {problem}; unset the variable or correct it")
     return path
 
 

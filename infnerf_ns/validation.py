@@ -23,6 +23,7 @@ from typing import Annotated, Any, Literal, Optional, Union
 import yaml
 
 from infnerf_ns.errors import InputError
+from infnerf_ns.regular_files import require_regular_file
 
 
 @dataclasses.dataclass(frozen=True)
@@ -112,6 +113,7 @@ def read_yaml(path: Path) -> dict[str, Any]:
     Raises:
         InputError: the file is missing, cannot be parsed (with the line) or is not a mapping.
     """
+    require_regular_file(path, "cannot read the settings file")
     try:
         text = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:

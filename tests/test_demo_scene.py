@@ -1,6 +1,7 @@
 """The demo scene: the same for the same seed, true area averages, exact visibility, a cache never half there."""
 
 import dataclasses
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -359,3 +360,19 @@ def test_the_entry_point_imports_alone():
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip().splitlines()[-1] == "False"
     assert isinstance(demo_dataparser_spec.config, InfNeRFDemoDataParserConfig)
+
+
+def test_drafts_of_killed_processes_are_removed_and_those_at_work_stay(tmp_path: Path) -> None:
+    """Regression: what a killed generation had made stayed for ever, in a hidden folder."""
+    folder, name = tmp_path / "town", "0123456789abcdef" * 2
+    abandoned, working, other = (
+        tmp_path / each for each in (f".town.{name}", f".town.{name[::-1]}", f".village.{name}")
+    )
+    for draft in (abandoned, working, other):
+        draft.mkdir()
+        (draft / "00000.png").touch()
+        if draft != working:
+            for each in (draft / "00000.png", draft):
+                os.utime(each, (0, 0))
+    cache.load_or_make(folder, lambda: "made" if folder.exists() else None, lambda draft: None)
+    assert not abandoned.exists() and working.exists() and other.exists() and folder.exists()

@@ -32,10 +32,12 @@ from infnerf_ns.streaming.packing import CHECKSUMS
 from infnerf_ns.streaming.page_files import PAGES
 from infnerf_ns.threads import MeasuredThreads, fix_threads, thread_problems
 from infnerf_ns.training import checkpoints
-from infnerf_ns.training.level_groups import expand_optimizers, level_group, optimizer_problems
+from infnerf_ns.training.event_files import spare_the_training
+from infnerf_ns.training.level_groups import accumulation_problems, expand_optimizers, level_group, optimizer_problems
 from infnerf_ns.training.logging_services import require_services
+from infnerf_ns.training.optimizer import LevelOptimizers, NodeAdam
 from infnerf_ns.training.run_folder import FolderLock, require_own_folder
-from infnerf_ns.training.stability import StabilityConfig, StepGuard, gradients_finite, values_finite
+from infnerf_ns.training.stability import StabilityConfig, StepGuard, groups_not_finite, values_finite
 from infnerf_ns.training.stopping import StopSignals, exit_code
 from infnerf_ns.validation import Range, enforce, validate_config, warn
 from infnerf_ns.viewer_address import for_ns_viewer, port_problems, require_address, require_guarded
@@ -148,15 +150,7 @@ class InfNeRFTrainerConfig(TrainerConfig):
         for name in ("steps_per_save", "steps_per_eval_batch", "steps_per_eval_image", "steps_per_eval_all_images"):
             if getattr(self, name) < 0:
                 problems.append(f"--{name.replace('_', '-')} {getattr(self, name)}: allowed is at least 0 (0: never)")
-        for name, steps in self.gradient_accumulation_steps.items():
-            match = level_group(name)
-            if name not in self.optimizers and (match is None or match["kind"] not in self.optimizers):
-                problems.append(
-                    f"--gradient-accumulation-steps {name}: there is no such group; there are"
-                    f" {', '.join(self.optimizers)}, each also for one octree level, as in grids_2"
-                )
-            if steps < 1:
-                problems.append(f"--gradient-accumulation-steps {name} {steps}: allowed is at least 1")
+        problems += accumulation_problems(self.gradient_accumulation_steps, self.optimizers)
         for kind, group in self.optimizers.items():
             problems += optimizer_problems(kind, group)
         if self.machine.num_devices * self.machine.num_machines > 1:
@@ -168,7 +162,7 @@ class InfNeRFTrainerConfig(TrainerConfig):
         advice = [
             f"--optimizers.{kind}.optimizer.lr {group['optimizer'].lr} is unusually large (above 0.1)"
             for kind, group in self.optimizers.items()
-            if group["optimizer"].lr > 0.1
+            if not optimizer_problems(kind, group) and group["optimizer"].lr > 0.1
         ]
         octree, growth = (getattr(getattr(self.pipeline, "model", None), name, None) for name in ("octree", "growth"))
         deepest = 0 if octree is None else {"root": 0, "full": octree.full_level}.get(octree.start, octree.max_level)
@@ -211,8 +205,6 @@ class InfNeRFTrainer(Trainer):
             require_address(config.viewer)
         self._candidates = _find_checkpoints_to_resume(config)
         self._lock = FolderLock(require_own_folder(config))
-        if local_rank == 0:
-            self._lock.acquire()
         requested_step = config.load_step
         super().__init__(config, local_rank, world_size)
         config.load_step = requested_step
@@ -240,11 +232,14 @@ class InfNeRFTrainer(Trainer):
 
     def setup(self, test_mode: Literal["test", "val", "inference"] = "val") -> None:
         """Build the pipeline, the optimizers and the viewer, and load the checkpoint to resume from. See nerfstudio."""
+        if self.local_rank == 0:
+            self._lock.acquire()
         with self._signals, viewer_guard.armed(self.config.viewer.websocket_host, self.config.viewer.make_share_url):
             super().setup(test_mode)
             write_record = getattr(self.pipeline.datamanager, "write_record", None)
             if write_record is not None and self.local_rank == 0:
                 write_record(self.base_dir / RECORD)
+        spare_the_training()
 
     def setup_optimizers(self) -> Optimizers:
         """One optimizer per parameter group; the configuration names kinds, the model's groups are kinds per level."""
@@ -259,7 +254,7 @@ class InfNeRFTrainer(Trainer):
             level_lr_factor=self.config.level_lr_factor,
             total_steps=self.config.max_num_iterations,
         )
-        return Optimizers(expanded, groups)
+        return LevelOptimizers(expanded, groups)
 
     def train(self) -> None:
         """Train up to ``max_num_iterations`` steps in total, then save and say how to look at the result.
@@ -294,11 +289,12 @@ class InfNeRFTrainer(Trainer):
         with torch.autocast(self.device.split(":")[0], dtype=self._half_type, enabled=self.mixed_precision):
             _, loss_dict, metrics_dict = self.pipeline.get_train_loss_dict(step=step)
             loss = functools.reduce(torch.add, loss_dict.values())
-        good = bool(torch.isfinite(loss))
+        good, bad_groups = bool(torch.isfinite(loss)), []
         if good:
             cast(torch.Tensor, self.grad_scaler.scale(loss)).backward()
             # With mixed precision an infinite gradient is the grad scaler's everyday business: it skips such a step.
-            good = self.grad_scaler.is_enabled() or gradients_finite(self._all_parameters())
+            bad_groups = [] if self.grad_scaler.is_enabled() else groups_not_finite(self.optimizers.parameters)
+            good = not bad_groups
         if self.config.log_gradients:
             metrics_dict.update(self._gradient_norms())
 
@@ -309,8 +305,12 @@ class InfNeRFTrainer(Trainer):
             self.grad_scaler.update()
         else:
             self.optimizers.zero_grad_all()
-            warn(f"step {step}: the loss or a gradient is not finite, the step is skipped")
-        if self._guard.record(good):
+            where = f" ({', '.join(bad_groups)})" if bad_groups else ""
+            warn(f"step {step}: the loss or a gradient is not finite{where}, the step is skipped")
+        left_out = self._left_out()
+        for name, count in left_out.items():
+            warn(f"step {step}: {count} entries of the gradient of {name} are not finite and are left out")
+        if self._guard.record(good and not left_out):
             self._restore_last_good(step)
         if scale <= self.grad_scaler.get_scale():  # a lowered scale means that the grad scaler skipped the step
             self.optimizers.scheduler_step_all(step)
@@ -561,6 +561,11 @@ class InfNeRFTrainer(Trainer):
             f"  ns-render dataset --load-config {config} --output-path {shlex.quote(str(self.base_dir / 'renders'))}",
             flush=True,
         )
+
+    def _left_out(self) -> dict[str, int]:
+        """Entries of banks, by parameter group, whose gradient was not finite."""
+        banks = {name: each for name, each in self.optimizers.optimizers.items() if isinstance(each, NodeAdam)}
+        return {name: count for name, optimizer in banks.items() if (count := optimizer.left_out())}
 
     def _all_parameters(self) -> list[torch.nn.Parameter]:
         return [parameter for group in self.optimizers.parameters.values() for parameter in group]
