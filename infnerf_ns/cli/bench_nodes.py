@@ -15,13 +15,14 @@ from rich.progress import track
 
 from infnerf_ns.cli.bench_machine import describe_machine
 from infnerf_ns.cli.bench_trainer import full_tree, random_rays
+from infnerf_ns.cli.command import Command
 
 _NEVER = 10**9
 """Steps between two rounds: statistics are gathered, the tree stays."""
 
 
 @dataclass
-class Nodes:
+class Nodes(Command):
     """Time of a training step against the number of nodes in the tree, and of the statistics of a growing tree."""
 
     levels: tuple[int, ...] = (1, 2)

@@ -18,6 +18,7 @@ from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
+from infnerf_ns.cli.command import Command, run_command
 from infnerf_ns.cli.inspect_plot import plot_tree
 from infnerf_ns.cli.inspect_tree import PageCheck, StoredTree, check_pages, read_tree
 from infnerf_ns.cli.inspect_view import View, load_model, look, path_cameras
@@ -29,7 +30,7 @@ _UNITS = ((2**30, "GiB"), (2**20, "MiB"), (2**10, "KiB"))
 
 
 @dataclass
-class Inspect:
+class Inspect(Command):
     """The octree of a trained run: nodes, GSD, bytes and training samples of each level, and what views use of it."""
 
     run: Annotated[Path, tyro.conf.Positional]
@@ -217,4 +218,4 @@ def _size(count: int) -> str:
 def entrypoint() -> None:
     """The console script."""
     allow_numpy_scalars()
-    tyro.cli(Inspect).main()
+    run_command(tyro.cli(Inspect))
