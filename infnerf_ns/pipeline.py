@@ -18,6 +18,7 @@ from typing import Annotated, Any, Literal, Optional
 
 import torch
 import torchvision
+from jaxtyping import Float
 from nerfstudio.cameras.cameras import Cameras
 from nerfstudio.data.datamanagers.base_datamanager import DataManagerConfig
 from nerfstudio.models.base_model import ModelConfig
@@ -28,6 +29,7 @@ from torch import Tensor
 
 from infnerf_ns.data.pyramid import level_name
 from infnerf_ns.data.pyramid_datamanager import PyramidDataManager, PyramidDataManagerConfig
+from infnerf_ns.errors import InputError
 from infnerf_ns.losses.config import SMALLEST_PATCH
 from infnerf_ns.model import APPEARANCE, InfNeRFModel, InfNeRFModelConfig
 from infnerf_ns.surroundings import is_nerfstudio
@@ -218,8 +220,7 @@ class InfNeRFPipeline(VanillaPipeline):
                 metrics["fps"] = metrics["num_rays_per_sec"] / metrics.pop("num_rays")
                 rows.append(metrics)
                 for name, image in images.items() if output_path is not None else ():
-                    file = output_path / f"{image_prefix}_{name}_{number:04d}.png"
-                    torchvision.utils.save_image(image.permute(2, 0, 1).cpu(), file)
+                    _save_image(image, output_path / f"{image_prefix}_{name}_{number:04d}.png")
                 progress.advance(task)
         self.train()
         averages = {}
@@ -229,3 +230,13 @@ class InfNeRFPipeline(VanillaPipeline):
             if get_std:
                 averages[f"{name}_std"] = float(values.std()) if len(values) > 1 else 0.0
         return averages
+
+
+def _save_image(image: Float[Tensor, "h w c"], path: Path) -> None:
+    try:
+        torchvision.utils.save_image(image.permute(2, 0, 1).cpu(), path)
+    except OSError as error:
+        raise InputError(
+            f"{path} cannot be written ({error.strerror or error}): make room, or choose another folder with"
+            " --render-output-path"
+        ) from error

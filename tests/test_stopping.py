@@ -53,14 +53,19 @@ scripts.run({})
 """
 
 
-def start(body: str, **settings) -> subprocess.Popen:
-    """A command with that body, which has said that it waits."""
+def start(body: str, hang_up: signal.Handlers = signal.SIG_DFL) -> subprocess.Popen:
+    """A command with that body, which has said that it waits.
+
+    Args:
+        body: one of the functions above.
+        hang_up: what SIGHUP does when it starts.
+    """
     process = subprocess.Popen(
         [sys.executable, "-c", _COMMAND.format(body)],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
-        **settings,
+        preexec_fn=lambda: signal.signal(signal.SIGHUP, hang_up),
     )
     assert process.stdout.readline() == "waiting\n"
     return process
@@ -102,7 +107,7 @@ def test_an_interrupt_that_python_drops_is_not_lost() -> None:
 
 
 def test_nohup_keeps_its_word() -> None:
-    process = start("importing", preexec_fn=lambda: signal.signal(signal.SIGHUP, signal.SIG_IGN))
+    process = start("importing", hang_up=signal.SIG_IGN)
     process.send_signal(signal.SIGHUP)
     with pytest.raises(subprocess.TimeoutExpired):
         process.wait(0.5)
@@ -137,6 +142,7 @@ def test_a_training_whose_terminal_is_closed_finishes_its_step_and_saves(tmp_pat
     checkpoint = tmp_path / "checkpoint"
     process, terminal = pty.fork()
     if process == 0:
+        signal.signal(signal.SIGHUP, signal.SIG_DFL)
         os.execv(sys.executable, [sys.executable, "-c", _REQUEST, str(checkpoint)])
     said = b""
     while b"training" not in said:
@@ -147,7 +153,7 @@ def test_a_training_whose_terminal_is_closed_finishes_its_step_and_saves(tmp_pat
 
 
 def test_two_hang_ups_are_one_request() -> None:
-    asked = []
+    asked, before = [], signal.signal(signal.SIGHUP, signal.SIG_DFL)  # the tests may run under nohup
     with StopSignals(asked.append) as stop:
         os.kill(os.getpid(), signal.SIGHUP)
         os.kill(os.getpid(), signal.SIGHUP)
@@ -155,6 +161,7 @@ def test_two_hang_ups_are_one_request() -> None:
         with pytest.raises(SystemExit) as end:
             os.kill(os.getpid(), signal.SIGTERM)
     assert end.value.code == 143
+    signal.signal(signal.SIGHUP, before)
 
 
 def test_what_is_ignored_stays_ignored() -> None:
