@@ -115,6 +115,16 @@ def test_nohup_keeps_its_word() -> None:
     assert _ended(process)[0] == 143
 
 
+def test_an_interrupt_of_what_a_script_has_put_into_the_background_is_not_lost() -> None:
+    """Regression: the shell starts it with SIGINT ignored, and Python leaves that so."""
+    command = f'"{sys.executable}" -c "$0" & echo $!; wait $!; echo $?'
+    shell = subprocess.Popen(["sh", "-c", command, _COMMAND.format("importing")], stdout=subprocess.PIPE, text=True)
+    first, second = shell.stdout.readline(), shell.stdout.readline()
+    (process,) = (int(line) for line in (first, second) if line != "waiting\n")
+    os.kill(process, signal.SIGINT)
+    assert shell.communicate(timeout=60)[0] == "130\n"
+
+
 def test_a_reader_that_has_gone_is_no_error() -> None:
     code = "import sys; from infnerf_ns.cli import scripts; scripts.run(lambda: print('x' * 10**6))"
     process = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)

@@ -7,6 +7,7 @@ uses (``--photo``) is found by rendering it, which needs the data, too.
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -58,7 +59,7 @@ class Inspect(Command):
         check = None
         if tree.pages is not None:
             check = check_pages(tree.pages, tree.octree, _reading_bar if self.verify else None)
-        console = Console(width=120)
+        console = Console() if sys.stdout.isatty() else Console(width=120)
         print_tree(tree, check, self.verify, console)
         views = list(self._views(tree, console))
         if self.plot is not None:

@@ -116,8 +116,10 @@ def end_on_signals(line: str = "stopped") -> None:
         _end_soon(number)
         raise SystemExit(exit_code(number))
 
+    # A shell's script starts what it puts into the background with SIGINT ignored; one that comes was meant even so.
+    nobodys = (signal.SIG_DFL, signal.SIG_IGN, signal.default_int_handler)
     for number in _stop_signals():
-        if signal.getsignal(number) in (signal.SIG_DFL, signal.default_int_handler):
+        if signal.getsignal(number) in nobodys:
             signal.signal(number, end)
 
 
