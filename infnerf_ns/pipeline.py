@@ -7,6 +7,7 @@ its mean over the levels under the plain name (``psnr``).
 from __future__ import annotations
 
 import dataclasses
+import sys
 from collections import defaultdict
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
@@ -30,6 +31,8 @@ from infnerf_ns.data.pyramid_datamanager import PyramidDataManager, PyramidDataM
 from infnerf_ns.errors import InputError
 from infnerf_ns.losses.config import SMALLEST_PATCH
 from infnerf_ns.model import APPEARANCE, InfNeRFModel, InfNeRFModelConfig
+from infnerf_ns.surroundings import is_nerfstudio
+from infnerf_ns.training.stopping import end_on_signals
 from infnerf_ns.training_pictures import training_pictures
 from infnerf_ns.validation import Range
 from infnerf_ns.viewer import OctreeViewer, PhotosInViewer
@@ -88,6 +91,10 @@ class InfNeRFPipeline(VanillaPipeline):
         losses = getattr(config.model, "losses", None)
         if losses is not None and losses.wants_depth:
             config.datamanager.use_depth = True  # type: ignore[attr-defined]
+        if is_nerfstudio(
+            Path(sys.argv[0])
+        ):  # ns-eval, ns-render ...: they have no hook before it; ns-train has its own
+            end_on_signals()
         super().__init__(config, *args, **kwargs)
         if self.model.near_planes is not None:
             # The method, as the module would become part of the data manager, which is one too, and be saved twice.

@@ -54,6 +54,11 @@ def fix_threads(threads: int) -> None:
         torch.set_num_threads(_fixed)
 
 
+def fixed_threads() -> Optional[int]:
+    """The number of threads that is fixed; None: it is measured."""
+    return _fixed or _asked_for() or None
+
+
 def _asked_for() -> int:
     """What INFNERF_THREADS says; 0: nothing."""
     value = os.environ.get(THREADS_VARIABLE, "").strip()
@@ -101,8 +106,8 @@ class MeasuredThreads:
         self._record(threads, time.perf_counter() - start, work)
 
     def _next(self, most: int) -> int:
-        fixed = _fixed or _asked_for()
-        if fixed:
+        fixed = fixed_threads()
+        if fixed is not None:
             return fixed
         with self._lock:
             if self._choice is None or self._choice.most != most:  # a program of one's own has called numba's

@@ -27,6 +27,7 @@ from torch import Tensor
 from infnerf_ns.camera_paths import read_camera_path
 from infnerf_ns.cli.bench_machine import describe_machine
 from infnerf_ns.cli.bench_output import table_and_plot, write_table
+from infnerf_ns.cli.command import Command
 from infnerf_ns.cli.fly_in_path import between, camera_path, fly_in
 from infnerf_ns.cli.runs import open_run
 from infnerf_ns.errors import InputError
@@ -42,7 +43,7 @@ _MIB = 2**20
 
 
 @dataclass
-class Flyin:
+class Flyin(Command):
     """A flight from orbit height to street level through a packed run: frame time, bytes per frame, jumps."""
 
     run: Annotated[Path, tyro.conf.Positional]

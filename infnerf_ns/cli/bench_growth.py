@@ -25,6 +25,7 @@ from infnerf_ns.cli.bench_district import District, DistrictPixels
 from infnerf_ns.cli.bench_machine import describe_machine
 from infnerf_ns.cli.bench_output import table_and_plot, write_table
 from infnerf_ns.cli.bench_quality import Quality, held_out_psnr, require_preset
+from infnerf_ns.cli.command import Command
 from infnerf_ns.data.capture.parsers import parser_type, read_split
 from infnerf_ns.data.demo_dataparser import InfNeRFDemoDataParserConfig
 from infnerf_ns.errors import InputError
@@ -35,7 +36,7 @@ _GROWTH, _CUBE = "pipeline.model.growth.every", "pipeline.model.octree.cube"
 
 
 @dataclass
-class Growth:
+class Growth(Command):
     """PSNR in a district whose points are missing, without growth and with it, and elsewhere."""
 
     data: Path = Path("demo")

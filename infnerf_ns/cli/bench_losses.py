@@ -20,6 +20,7 @@ from rich.table import Table
 
 from infnerf_ns.cli.bench_output import table_and_plot, write_table
 from infnerf_ns.cli.bench_quality import Quality, require_preset, result_line
+from infnerf_ns.cli.command import Command
 from infnerf_ns.errors import InputError
 from infnerf_ns.validation import Range, require_valid
 
@@ -51,7 +52,7 @@ _NEED_DEPTH = ("depth", "depth_gradient")
 
 
 @dataclass
-class Losses:
+class Losses(Command):
     """What each loss is worth: a training per loss, held-out PSNR per pyramid level against that without it."""
 
     data: Path

@@ -39,6 +39,7 @@ from infnerf_ns.cli.bench_town import Town, TownRays, survey_town
 from infnerf_ns.cli.bench_trainer import StepTrainer
 from infnerf_ns.cli.bench_training import depth_loss, peak_bytes
 from infnerf_ns.cli.bench_views import VIEWS, TownViews, view_camera
+from infnerf_ns.cli.command import Command
 from infnerf_ns.data.demo_dataparser import MAX_SIZE
 from infnerf_ns.data.sfm import SfMScene
 from infnerf_ns.errors import InputError
@@ -59,7 +60,7 @@ _LAST_RATE = 0.02
 
 
 @dataclass
-class Memory:
+class Memory(Command):
     """Memory of a view while the demo town grows: nodes and bytes that a street view, a view from a roof and one from
     far above need of a packed model."""
 

@@ -16,6 +16,7 @@ from rich.progress import track
 
 from infnerf_ns.cli.bench_machine import describe_machine
 from infnerf_ns.cli.bench_trainer import full_tree, random_rays
+from infnerf_ns.cli.command import Command
 from infnerf_ns.validation import Range, require_valid
 
 _NEVER = 10**9
@@ -23,7 +24,7 @@ _NEVER = 10**9
 
 
 @dataclass
-class Nodes:
+class Nodes(Command):
     """Time of a training step against the number of nodes in the tree, and of the statistics of a growing tree."""
 
     levels: Annotated[tuple[int, ...], Range(0, 4)] = (1, 2)

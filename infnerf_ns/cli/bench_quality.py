@@ -38,6 +38,7 @@ from torch import Tensor
 
 from infnerf_ns.cli.bench_machine import describe_machine
 from infnerf_ns.cli.bench_output import table_and_plot, write_table
+from infnerf_ns.cli.command import Command
 from infnerf_ns.data.demo_dataparser import InfNeRFDemoDataParserConfig
 from infnerf_ns.data.pyramid import downsample_mask, level_mean, level_name, num_levels
 from infnerf_ns.data.pyramid_rays import level_camera
@@ -58,7 +59,7 @@ _LR_FINAL = 0.03
 
 
 @dataclass
-class Quality:
+class Quality(Command):
     """Minutes of training against held-out PSNR per pyramid level, for several methods."""
 
     data: Path

@@ -32,6 +32,7 @@ from infnerf_ns.cli.bench_machine import describe_machine
 from infnerf_ns.cli.bench_output import table_and_plot, write_table
 from infnerf_ns.cli.bench_town import Town, survey_town
 from infnerf_ns.cli.bench_training import Training, TrainingProcess, in_process
+from infnerf_ns.cli.command import Command
 from infnerf_ns.data.demo_dataparser import MAX_SIZE
 from infnerf_ns.errors import InputError
 from infnerf_ns.pages import PageLayout
@@ -48,7 +49,7 @@ _MIB = 2**20
 
 
 @dataclass
-class Scaling:
+class Scaling(Command):
     """Step time, memory and nodes while the demo town grows."""
 
     sizes: tuple[int, ...] = (1, 2, 4, 8)

@@ -21,6 +21,7 @@ import torch
 
 from infnerf_ns.cli.bench_machine import describe_machine
 from infnerf_ns.cli.bench_trainer import StepTrainer, full_tree, random_rays
+from infnerf_ns.cli.command import Command
 from infnerf_ns.field import FieldConfig
 from infnerf_ns.kernels import (
     Groups,
@@ -40,7 +41,7 @@ from infnerf_ns.validation import Range, require_valid
 
 
 @dataclass
-class Speed:
+class Speed(Command):
     """Rays per second of training and rendering; samples per second of the CPU kernels, and their share of the
     machine's matrix product and memory access."""
 

@@ -16,6 +16,7 @@ import numpy as np
 import tyro
 from jaxtyping import Float
 
+from infnerf_ns.cli.command import Command, run_command
 from infnerf_ns.cli.ortho_map import Map
 from infnerf_ns.cli.ortho_render import TileRenderer, content_box
 from infnerf_ns.cli.ortho_tiles import TileFolder
@@ -37,7 +38,7 @@ _LARGE_PNG = 100_000_000
 
 
 @dataclass
-class Ortho:
+class Ortho(Command):
     """A true orthophoto of a trained run, packed or not, as GeoTIFF or PNG, and its heights.
 
     Coordinates are those of the capture, in its unit (metres where it is georeferenced), with x east, y north and z up.
@@ -217,4 +218,4 @@ def _say_frame(frame: MapFrame, grid: RasterGrid, model: InfNeRFModel) -> None:
 
 def entrypoint() -> None:
     """The console script."""
-    tyro.cli(Ortho).main()
+    run_command(tyro.cli(Ortho))

@@ -32,6 +32,7 @@ from infnerf_ns.streaming.packing import CHECKSUMS, Track, small_state, write_pa
 from infnerf_ns.streaming.page_files import PAGES
 from infnerf_ns.torch_compat import allow_numpy_scalars
 from infnerf_ns.training import checkpoints
+from infnerf_ns.training.stopping import kept
 from infnerf_ns.validation import warn
 
 _SUFFIX = "-packed"
@@ -54,7 +55,8 @@ class Pack:
         def bar(nodes: Iterable[int]) -> Iterable[int]:
             return track(nodes, "Writing pages", transient=True)
 
-        packed = pack_run(self.run, half=self.half, overwrite=self.overwrite, progress=bar)
+        with kept("the run is as it was"):
+            packed = pack_run(self.run, half=self.half, overwrite=self.overwrite, progress=bar)
         rounded = f", rounded by at most {packed.rounding:.1e} of a page's norm" if self.half else ""
         print(
             f"infnerf: packed {packed.octree.num_nodes} nodes: {packed.page_bytes / 2**20:.1f} MiB of pages{rounded}"

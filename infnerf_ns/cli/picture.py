@@ -14,6 +14,7 @@ import numpy as np
 import torch
 import tyro
 
+from infnerf_ns.cli.command import Command, run_command
 from infnerf_ns.cli.runs import open_run
 from infnerf_ns.errors import InputError
 from infnerf_ns.pipeline import InfNeRFPipeline
@@ -23,7 +24,7 @@ _SUFFIXES = (".png", ".jpg")
 
 
 @dataclass
-class Picture:
+class Picture(Command):
     """Held-out photos, renders, octree levels, depth and normals of a trained run, side by side."""
 
     load_config: Path
@@ -77,4 +78,4 @@ class Picture:
 
 def entrypoint() -> None:
     """The console script."""
-    tyro.cli(Picture).main()
+    run_command(tyro.cli(Picture))

@@ -66,7 +66,3 @@ class RewriteConfig:
 def entrypoint() -> None:
     """The console script."""
     tyro.cli(RewriteConfig).main()
-
-
-if __name__ == "__main__":
-    entrypoint()

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import os
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -15,6 +13,7 @@ from rich.progress import track
 
 from infnerf_ns.data import checks, depth
 from infnerf_ns.data.pyramid import PixelPyramid, num_levels
+from infnerf_ns.data.thread_pool import threads
 from infnerf_ns.errors import InputError
 
 
@@ -75,8 +74,8 @@ def load_pyramid(
         depths = depth.read_depth(depth_files[index], *sizes[index]) * np.float32(unit) if with_depth else None
         pyramid.set_photo(index, image, mask, depths)
 
-    with ThreadPoolExecutor(max_workers=min(8, os.cpu_count() or 1)) as threads:
-        done = threads.map(load, range(len(dataset)))
+    with threads(most=8) as pool:
+        done = pool.map(load, range(len(dataset)))
         for _ in track(done, f"Loading {len(dataset)} {name} photos", len(dataset), console=CONSOLE, transient=True):
             pass
     if pyramid.depth is not None and not pyramid.depth.any_known():

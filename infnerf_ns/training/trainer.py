@@ -5,6 +5,7 @@ It also gives each octree level its own optimizer, from one configuration per ki
 
 import functools
 import shlex
+import signal
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -12,11 +13,13 @@ from typing import Annotated, Any, Literal, Optional, cast
 
 import torch
 import tyro
+from nerfstudio.configs.base_config import MachineConfig
 from nerfstudio.engine.optimizers import Optimizers
 from nerfstudio.engine.trainer import TRAIN_INTERATION_OUTPUT, Trainer, TrainerConfig
 from nerfstudio.utils import profiler, writer
 from nerfstudio.utils.decorators import check_main_thread
 from nerfstudio.utils.misc import step_check
+from nerfstudio.utils.rich_utils import CONSOLE
 from torch.amp import GradScaler
 from torch.optim.lr_scheduler import LambdaLR
 
@@ -38,9 +41,12 @@ from infnerf_ns.training.logging_services import require_services
 from infnerf_ns.training.optimizer import LevelOptimizers, NodeAdam
 from infnerf_ns.training.run_folder import FolderLock, require_own_folder
 from infnerf_ns.training.stability import StabilityConfig, StepGuard, groups_not_finite, values_finite
-from infnerf_ns.training.stopping import StopSignals, exit_code
-from infnerf_ns.validation import Range, enforce, validate_config, warn
+from infnerf_ns.training.stopping import StopSignals, exit_code, say
+from infnerf_ns.validation import Range, Report, enforce, validate_config, warn
 from infnerf_ns.viewer_address import for_ns_viewer, port_problems, require_address, require_guarded
+
+_LARGEST_SEED = 2**32 - 1
+"""That NumPy takes."""
 
 
 @dataclass
@@ -153,9 +159,19 @@ class InfNeRFTrainerConfig(TrainerConfig):
         problems += accumulation_problems(self.gradient_accumulation_steps, self.optimizers)
         for kind, group in self.optimizers.items():
             problems += optimizer_problems(kind, group)
-        if self.machine.num_devices * self.machine.num_machines > 1:
-            problems.append("--machine.num-devices, --machine.num-machines: training on several devices is not built")
-        return problems
+        return problems + _machine_problems(self.machine)
+
+    def print_to_terminal(self) -> None:
+        """Check the settings, then print them.
+
+        It is the first that ns-train asks of a configuration, also of one from ``--load-config``; it goes on to write a
+        config.yml, and to start a process per device if there are several.
+
+        Raises:
+            InputError: some setting is wrong.
+        """
+        enforce(Report(validate_config(self).problems + _device_problems(self.machine)))
+        super().print_to_terminal()
 
     def advise(self) -> list[str]:
         """Legal values that are rarely wanted."""
@@ -182,6 +198,34 @@ class InfNeRFTrainerConfig(TrainerConfig):
         return advice
 
 
+def _machine_problems(machine: MachineConfig) -> list[str]:
+    problems = []
+    for name in ("num_devices", "num_machines"):
+        count, flag = getattr(machine, name), f"--machine.{name.replace('_', '-')}"
+        if count > 1:
+            problems.append(f"{flag} {count}: training on several devices is not built; leave it at 1")
+        if count < 1:
+            problems.append(f"{flag} {count}: allowed is 1")
+    if machine.machine_rank != 0:
+        problems.append(f"--machine.machine-rank {machine.machine_rank}: there is one machine, its rank is 0")
+    if machine.dist_url != "auto":
+        problems.append(f"--machine.dist-url {machine.dist_url}: training on several machines is not built")
+    if not 0 <= machine.seed <= _LARGEST_SEED:
+        problems.append(f"--machine.seed {machine.seed}: allowed is 0 to {_LARGEST_SEED}")
+    return problems
+
+
+def _device_problems(machine: MachineConfig) -> list[str]:
+    """A device that is not there. No part of the configuration's own check: it may be for another machine."""
+    there = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
+    if there.get(machine.device_type, True):
+        return []
+    return [
+        f"--machine.device-type {machine.device_type}: torch {torch.__version__} finds no such device here; give"
+        " --machine.device-type cpu, or install the driver and the torch that fit the device"
+    ]
+
+
 class _EvaluationStopped(Exception):
     """Raised by the signal handler to leave a running evaluation."""
 
@@ -203,10 +247,16 @@ class InfNeRFTrainer(Trainer):
         require_services(config)
         if config.is_viewer_enabled():
             require_address(config.viewer)
+        enforce(Report(_device_problems(config.machine)))
         self._candidates = _find_checkpoints_to_resume(config)
         self._lock = FolderLock(require_own_folder(config))
         requested_step = config.load_step
-        super().__init__(config, local_rank, world_size)
+        with CONSOLE.capture() as said:
+            super().__init__(config, local_rank, world_size)
+        lines = said.get().splitlines(keepends=True)
+        # nerfstudio says this of every training on a CPU.
+        untrue = "" if config.mixed_precision else "Mixed precision is disabled for CPU training."
+        CONSOLE.file.write("".join(line for line in lines if line.strip() != untrue))
         config.load_step = requested_step
         if hasattr(config.pipeline.datamanager, "record"):
             config.pipeline.datamanager.record = None  # a training reads the capture
@@ -240,6 +290,8 @@ class InfNeRFTrainer(Trainer):
             if write_record is not None and self.local_rank == 0:
                 write_record(self.base_dir / RECORD)
         spare_the_training()
+        if self._signals.received is not None:  # Python drops what is raised within some callbacks
+            raise SystemExit(exit_code(self._signals.received))
 
     def setup_optimizers(self) -> Optimizers:
         """One optimizer per parameter group; the configuration names kinds, the model's groups are kinds per level."""
@@ -260,7 +312,7 @@ class InfNeRFTrainer(Trainer):
         """Train up to ``max_num_iterations`` steps in total, then save and say how to look at the result.
 
         Raises:
-            SystemExit: after Ctrl-C (130) or SIGTERM (143), with everything saved.
+            SystemExit: after Ctrl-C (130), SIGTERM (143) or SIGHUP (129), with everything saved.
         """
         total = self.config.max_num_iterations
         if self._resumed_random_state is not None:
@@ -540,12 +592,12 @@ class InfNeRFTrainer(Trainer):
     def _on_stop_request(self, number: int) -> None:
         """Called from the signal handler, in the main thread, at the first request."""
         if self._phase == "setup":
-            print("infnerf: stopped before training began; nothing to save", flush=True)
+            say("stopped before training began; nothing to save")
             raise SystemExit(exit_code(number))
-        if self._phase == "waiting":
-            raise SystemExit(0)
+        if self._phase == "waiting":  # nerfstudio has said that Ctrl-C ends it
+            raise SystemExit(0 if number == signal.SIGINT else exit_code(number))
         self.stop_training = True
-        print("infnerf: stopping: the current step is finished and saved; once more to stop at once", flush=True)
+        say("stopping: the current step is finished and saved; once more to stop at once")
         if self._phase == "evaluating":
             raise _EvaluationStopped
 

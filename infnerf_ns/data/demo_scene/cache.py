@@ -27,7 +27,8 @@ from rich.progress import track
 from infnerf_ns.data.demo_scene.flight import natural_count
 from infnerf_ns.data.demo_scene.photographer import Lens, Photographer
 from infnerf_ns.data.demo_scene.points import SurfacePoints
-from infnerf_ns.data.demo_scene.survey import Survey, threads
+from infnerf_ns.data.demo_scene.survey import Survey
+from infnerf_ns.data.thread_pool import threads
 from infnerf_ns.errors import InputError
 
 _ABANDONED = 3600.0
