@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-from jaxtyping import Int
+from jaxtyping import Float, Int
 from nerfstudio.data.dataparsers.base_dataparser import DataparserOutputs
 from nerfstudio.data.utils.colmap_parsing_utils import (
     read_images_binary,
@@ -32,6 +32,8 @@ class Tracks(NamedTuple):
     """row in the dataparser's points"""
     photo: Int[Tensor, "k"]
     """train photo"""
+    pixel: Float[Tensor, "k 2"] | None = None
+    """where it sees it, x and y in pixels of the dataparser's cameras, pixel centres at +0.5; None: not known"""
 
 
 def colmap_tracks(model: Path, image_filenames: list[Path]) -> Tracks:

@@ -31,6 +31,8 @@ from nerfstudio.utils.rich_utils import CONSOLE
 from torch import Tensor
 
 from infnerf_ns.data import checks
+from infnerf_ns.data.capture.consistency import check_consistency
+from infnerf_ns.data.capture.reading import METADATA_KEY, CapturePhotos, PhotoDataset
 from infnerf_ns.data.depth import check_depth
 from infnerf_ns.data.photo_order import neighbour_order
 from infnerf_ns.data.point_files import IMPLIED_TRANSFORM, colmap_tracks, ply_points
@@ -108,7 +110,7 @@ class _RaySource:
         return rays, batch
 
 
-class PyramidDataManager(VanillaDataManager):
+class PyramidDataManager(VanillaDataManager[PhotoDataset]):
     """Data manager with photo pyramids.
 
     Args:
@@ -153,6 +155,8 @@ class PyramidDataManager(VanillaDataManager):
         checks.check_config(config.dataparser)
 
         outputs = self._parse_train_split(points=test_mode == "val")
+        photos = CapturePhotos(outputs, None if test_mode == "val" else lambda: self._parse_train_split(points=True))
+        outputs.metadata = {**outputs.metadata, METADATA_KEY: photos}
         checks.check_outputs(outputs, "train", photos=test_mode != "inference")
         if self._with_depth:
             check_depth(outputs, "train")
@@ -160,6 +164,7 @@ class PyramidDataManager(VanillaDataManager):
         if test_mode == "val":  # else the model loads a checkpoint, with the tree in it
             cameras = copy.deepcopy(outputs.cameras)
             cameras.rescale_output_resolution(config.camera_res_scale_factor)
+            check_consistency(outputs)
             scene = build_sfm_scene(outputs, cameras)
             CONSOLE.log(f"{len(scene.points)} SfM points ({scene.source}), near plane {scene.near:.3g}")
         kept = {key: value for key, value in outputs.metadata.items() if key != "tracks"}
@@ -242,6 +247,8 @@ class PyramidDataManager(VanillaDataManager):
                 outputs = self.dataparser.get_dataparser_outputs(split=self.test_split)
         except Exception as error:
             raise checks.explain(error, self.config.dataparser) from error
+        photos = self.train_dataparser_outputs.metadata[METADATA_KEY]
+        outputs.metadata = {**outputs.metadata, METADATA_KEY: photos}
         checks.check_outputs(outputs, self.test_split, photos=self.test_mode != "inference")
         if self._with_depth:
             check_depth(outputs, self.test_split)
