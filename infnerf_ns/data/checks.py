@@ -8,6 +8,7 @@ is what loading does.
 from __future__ import annotations
 
 import json
+import re
 from json import JSONDecodeError
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,9 @@ import numpy as np
 import torch
 from nerfstudio.data.dataparsers.base_dataparser import DataParserConfig, DataparserOutputs
 from nerfstudio.data.dataparsers.nerfstudio_dataparser import NerfstudioDataParserConfig
+from PIL import UnidentifiedImageError
 
+from infnerf_ns.data.capture.photos import check_first_photo, unreadable
 from infnerf_ns.data.capture.reading import check_sizes
 from infnerf_ns.errors import InputError
 
@@ -60,6 +63,7 @@ def check_config(config: DataParserConfig) -> None:
         raise InputError(f"{path} lists {len(frames)} photo and training needs at least {MIN_TRAIN_PHOTOS}: add photos")
     for index, frame in enumerate(frames):
         _check_frame(frame, index, path)
+    check_first_photo(path.parent / str(frames[0]["file_path"]))
     without = [frame["file_path"] for frame in frames if "depth_file_path" not in frame]
     if 0 < len(without) < len(frames):
         raise InputError(
@@ -109,6 +113,8 @@ def explain(error: Exception, config: DataParserConfig) -> InputError:
             f"{parser} asks a question about {data} and there is no terminal to answer it: prepare the downscaled "
             "photos (images_2, images_4, ...) or give --downscale-factor 1 after the dataparser's name"
         )
+    if isinstance(error, UnidentifiedImageError) and (named := re.search("'(.+)'", str(error))):
+        return unreadable(Path(named[1]), "photo", error)
     if isinstance(error, FileNotFoundError):
         return InputError(
             f"{parser}: {error.filename or error} does not exist: restore the file or take it out of the capture"

@@ -134,6 +134,19 @@ def require_regular_file(path: Path, kind: Kind) -> None:
         raise InputError(f"{kind} {path} is a pipe or a device: put a copy of the file there")
 
 
+def check_first_photo(path: Path) -> None:
+    """Looks at the photo that a dataparser is going to open by itself: a pipe would make it wait for ever, and a format
+    that needs a plugin gets it. What does not exist is left to the dataparser, as are photos that it may not open.
+
+    Raises:
+        InputError: it is a folder, a pipe or a device, or of a format that no installed package reads.
+    """
+    if path.exists():
+        require_regular_file(path, "photo")
+        if _plugin_format(path) is not None:
+            read_header(path, "photo")
+
+
 def unreadable(path: Path, kind: Kind, error: Exception) -> InputError:
     """The line for a photo, mask or depth image that cannot be decoded, with the package that would read it."""
     if isinstance(error, UnidentifiedImageError):
@@ -274,7 +287,7 @@ def companion_turn(
     """How a mask or a depth image must be turned to lie on its photo.
 
     Its own EXIF tag counts if the photo's does. Without one (programs that write masks often drop it) it lies as it is
-    stored if its shape fits; else it is turned as the photo's tag says, or back.
+    stored if its shape fits; else it is turned as the photo is, or back if the photo is not.
 
     Args:
         stored: width and height of the companion.
@@ -285,7 +298,8 @@ def companion_turn(
     Returns:
         An EXIF orientation, 1: as it is stored; None if the shape fits in no way.
     """
-    for orientation in (own if turn.followed else 1, 1, own, turn.tag, _INVERSE.get(turn.tag, turn.tag)):
+    as_photo = turn.tag if turn.followed else _INVERSE.get(turn.tag, turn.tag)
+    for orientation in (own if turn.followed else 1, 1, own, as_photo):
         if fits(stored if orientation < 5 else stored[::-1]):
             return orientation
     return None
