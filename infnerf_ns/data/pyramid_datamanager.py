@@ -32,8 +32,10 @@ from torch import Tensor
 from infnerf_ns.data import checks
 from infnerf_ns.data.camera_rays import CameraRays
 from infnerf_ns.data.capture import splits
+from infnerf_ns.data.capture.consistency import check_consistency
 from infnerf_ns.data.capture.parsers import make_parser, read_split, want_points
-from infnerf_ns.data.capture.record import CapturePhotos, CaptureRecord, HeldOutPhotos, RecordedOutputs
+from infnerf_ns.data.capture.reading import METADATA_KEY, CapturePhotos
+from infnerf_ns.data.capture.record import CaptureRecord, HeldOutPhotos, RecordedOutputs, RecordedPhotos
 from infnerf_ns.data.depth import check_depth
 from infnerf_ns.data.photo_order import neighbour_order
 from infnerf_ns.data.pyramid import PixelPyramid, downsample_mask, level_mean, num_levels
@@ -112,7 +114,7 @@ class _RaySource:
         return rays, batch
 
 
-class PyramidDataManager(VanillaDataManager[CapturePhotos]):
+class PyramidDataManager(VanillaDataManager[RecordedPhotos]):
     """Data manager with photo pyramids.
 
     A run that is loaded takes its cameras from the record that its training has written
@@ -166,6 +168,8 @@ class PyramidDataManager(VanillaDataManager[CapturePhotos]):
             outputs = self._recorded("train")
         else:
             outputs = self._parse_train_split()
+            again = None if test_mode == "val" else lambda: read_split(config.dataparser, "train", points=True)
+            outputs.metadata = {**outputs.metadata, METADATA_KEY: CapturePhotos(outputs, again)}
             checks.check_outputs(outputs, "train", photos=test_mode != "inference")
         if self._with_depth:
             check_depth(outputs, "train")
@@ -173,6 +177,7 @@ class PyramidDataManager(VanillaDataManager[CapturePhotos]):
         if test_mode == "val" and self.record is None:  # else the model loads a checkpoint, with the tree in it
             cameras = copy.deepcopy(outputs.cameras)
             cameras.rescale_output_resolution(config.camera_res_scale_factor)
+            check_consistency(outputs)
             scene = build_sfm_scene(outputs, cameras)
             CONSOLE.log(f"{len(scene.points)} SfM points ({scene.source}), near plane {scene.near:.3g}")
         kept = {key: value for key, value in outputs.metadata.items() if key != "tracks"}
@@ -220,6 +225,7 @@ class PyramidDataManager(VanillaDataManager[CapturePhotos]):
             {"train": self.train_dataparser_outputs, "val": held_out, "test": test},
             self.test_split,
             self.train_dataset.metadata["sfm_scene"],
+            self.train_dataset.photos.decisions(),
             getattr(self.dataparser, "downscale_factor", None),
         ).write(file)
 
@@ -271,6 +277,8 @@ class PyramidDataManager(VanillaDataManager[CapturePhotos]):
                 self.test_split = other
         except Exception as error:
             raise checks.explain(error, self.config.dataparser) from error
+        photos = self.train_dataparser_outputs.metadata[METADATA_KEY]
+        outputs.metadata = {**outputs.metadata, METADATA_KEY: photos}
         checks.check_outputs(outputs, self.test_split, photos=self.test_mode != "inference")
         if self._with_depth:
             check_depth(outputs, self.test_split)
@@ -314,7 +322,7 @@ class PyramidDataManager(VanillaDataManager[CapturePhotos]):
         self._require_held_out()
         return HeldOutPhotos(input_dataset=self.eval_dataset, device=self.device)
 
-    def _without_photos(self, dataset: CapturePhotos) -> bool:
+    def _without_photos(self, dataset: RecordedPhotos) -> bool:
         """Whether photos are missing that only tell which pixels are masked: point clouds need no more than rays."""
         outputs = dataset._dataparser_outputs
         if not isinstance(outputs, RecordedOutputs) or not outputs.missing():

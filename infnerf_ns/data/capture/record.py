@@ -23,7 +23,6 @@ from typing import Any
 import torch
 from nerfstudio.cameras.cameras import Cameras, CameraType
 from nerfstudio.data.dataparsers.base_dataparser import DataParserConfig, DataparserOutputs
-from nerfstudio.data.datasets.base_dataset import InputDataset
 from nerfstudio.data.scene_box import SceneBox
 from nerfstudio.data.utils.dataloaders import RandIndicesEvalDataloader
 from safetensors import SafetensorError, safe_open
@@ -31,6 +30,7 @@ from safetensors.torch import save
 from torch import Tensor
 
 from infnerf_ns.data.capture.georeference import CaptureOutputs
+from infnerf_ns.data.capture.reading import METADATA_KEY, CapturePhotos, PhotoDataset
 from infnerf_ns.data.sfm import SfMScene
 from infnerf_ns.errors import InputError
 from infnerf_ns.validation import warn
@@ -118,8 +118,8 @@ class RecordedOutputs(CaptureOutputs):
             )
 
 
-class CapturePhotos(InputDataset):
-    """nerfstudio's dataset, whose photos may be missing until one of them is asked for."""
+class RecordedPhotos(PhotoDataset):
+    """The dataset of photos, which may be missing until one of them is asked for."""
 
     show_missing: bool = False
     """Give a small grey picture in place of a missing photo, for the viewer."""
@@ -173,6 +173,8 @@ class CaptureRecord:
     """the split that was held out in training, ``val`` or ``test``"""
     scene: dict[str, Any]
     """SfM summary: ``points`` kept, ``source``, ``near`` plane in scene units"""
+    reading: dict[str, Any]
+    """how the photos were read, :meth:`~infnerf_ns.data.capture.reading.CapturePhotos.decisions`"""
     splits: dict[str, DataparserOutputs]
     """``train``, ``val`` and ``test``, with names as recorded: relative to the capture where they are in it"""
     sizes: dict[str, list[int]] = field(default_factory=dict)
@@ -186,6 +188,7 @@ class CaptureRecord:
         splits: dict[str, DataparserOutputs],
         held_out: str,
         scene: SfMScene,
+        reading: dict[str, Any],
         downscale_factor: float | None,
     ) -> CaptureRecord:
         """The record of a training.
@@ -195,6 +198,7 @@ class CaptureRecord:
             splits: what it has said of ``train``, ``val`` and ``test``.
             held_out: which of them is held out.
             scene: of the train split.
+            reading: the decisions on how the photos are read.
             downscale_factor: of the dataparser.
         """
         data = Path(config.data).absolute()
@@ -204,6 +208,7 @@ class CaptureRecord:
             downscale_factor=downscale_factor,
             held_out=held_out,
             scene={"points": len(scene.points), "source": scene.source, "near": float(scene.near)},
+            reading=reading,
             splits={
                 name: dataclasses.replace(
                     outputs,
@@ -237,6 +242,7 @@ class CaptureRecord:
             "downscale_factor": self.downscale_factor,
             "held_out": self.held_out,
             "scene": self.scene,
+            "reading": self.reading,
             "splits": names,
             "stored": stored,
         }
@@ -280,6 +286,7 @@ class CaptureRecord:
                 downscale_factor=None if scale is None else _positive(scale),
                 held_out=str(header["held_out"]),
                 scene=dict(header["scene"]),
+                reading=dict(header["reading"]),
                 splits=splits,
                 sizes={name: stored[int(header["splits"][name])][1] for name in splits},
             )
@@ -315,13 +322,22 @@ class CaptureRecord:
         values["image_filenames"] = [_found(name, roots) for name in recorded.image_filenames]
         if recorded.mask_filenames is not None:
             values["mask_filenames"] = [_found(name, roots) for name in recorded.mask_filenames]
-        return RecordedOutputs(
+        outputs = RecordedOutputs(
             **values,
             split="train" if split == "train" else "held-out",
             places=tuple(outside if outside and all_outside else roots + outside),
             sizes=self.sizes.get(split, []),
             parse_again=parse_again,
         )
+        photos = CapturePhotos(outputs)
+        try:
+            photos.decide_as(self.reading)
+        except (ValueError, KeyError, TypeError) as error:
+            raise InputError(
+                f"{RECORD} of the run is damaged ({error}): copy it from where the run was trained"
+            ) from error
+        outputs.metadata = {**outputs.metadata, METADATA_KEY: photos}
+        return outputs
 
 
 def same_photos(record: CaptureRecord, outputs: DataparserOutputs, run: Path) -> None:
@@ -438,7 +454,10 @@ def _unpack(content: dict[str, Any], prefix: str, tensors: dict[str, Tensor]) ->
     masks = None if content["masks"] is None else [Path(name) for name in content["masks"]]
     count = len(photos)
     sizes = [int(size) for size in content["sizes"]]
-    shapes = {"camera_to_worlds": (3, 4), "distortion_params": (6,), "times": (1,)}
+    lens = own["distortion_params"].shape[-1:] if "distortion_params" in own else (6,)
+    if tuple(lens) not in ((6,), (12,)):  # the latter of FISHEYE624
+        raise ValueError("a lens has another number of distortion parameters")
+    shapes = {"camera_to_worlds": (3, 4), "distortion_params": tuple(lens), "times": (1,)}
     for name in _CAMERA_FIELDS:
         optional = name in ("distortion_params", "times")
         if not (optional and name not in own) and own[name].shape != (count, *shapes.get(name, (1,))):
