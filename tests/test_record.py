@@ -22,6 +22,8 @@ from safetensors.torch import load_file, save
 from tiny_capture import HEIGHT, WIDTH, photo, write_capture, write_json
 
 from infnerf_ns.data.camera_rays import CameraRays
+from infnerf_ns.data.capture.photos import Levels
+from infnerf_ns.data.capture.reading import METADATA_KEY
 from infnerf_ns.data.capture.record import RECORD, CaptureRecord, RecordedOutputs, same_photos
 from infnerf_ns.data.pyramid_datamanager import PyramidDataManager, PyramidDataManagerConfig
 from infnerf_ns.data.sfm import SfMScene
@@ -98,13 +100,16 @@ def test_nothing_of_a_split_is_rounded_or_lost(tmp_path: Path) -> None:
     other = strange_split(capture)
     other.cameras.camera_to_worlds = other.cameras.camera_to_worlds + 1
     splits = {"train": split, "val": other, "test": other}
-    CaptureRecord.of_capture(parser, splits, "val", scene, 2).write(tmp_path / RECORD)
+    reading = {"upright": True, "levels": {"16 bit": [700.5, 9000.0]}}
+    CaptureRecord.of_capture(parser, splits, "val", scene, reading, 2).write(tmp_path / RECORD)
     record = CaptureRecord.read(tmp_path / RECORD)
     assert (record.data, record.held_out, record.downscale_factor) == (capture, "val", 2)
     assert record.scene == {"points": 4, "source": "tracks", "near": 1 / 3}
     assert record.dataparser["class"] == "NerfstudioDataParserConfig"
     assert record.dataparser["options"]["eval_mode"] == "fraction", "by what the photos were held out"
     read = record.outputs("train", capture)
+    photos = read.metadata[METADATA_KEY]
+    assert photos.upright is True and photos.levels == {"16 bit": Levels(700.5, 9000.0)}
     same_cameras(split.cameras, read.cameras)
     assert read.image_filenames == split.image_filenames and read.mask_filenames == split.mask_filenames
     for name in ("alpha_color", "dataparser_transform"):
