@@ -4,4 +4,8 @@ Nothing of nerfstudio is imported here: nerfstudio imports this package while it
 its configuration modules at that moment would be circular.
 """
 
+from infnerf_ns.surroundings import prepare_nerfstudio
+
 __version__ = "0.1.0"
+
+prepare_nerfstudio()  # the first that nerfstudio imports of us; what it imports and prints after it is prepared for

@@ -3,40 +3,37 @@ built with, the pages of a packed run, and one clear line where checkpoint and c
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from infnerf_ns.errors import InputError
 from infnerf_ns.field import OctreeField
 from infnerf_ns.near_plane import NearPlanes
 from infnerf_ns.octree import Octree
 from infnerf_ns.pages import PageLayout
+from infnerf_ns.state_validation import require_model_state, require_tensor
 from infnerf_ns.streaming.node_cache import NodeCache
 from infnerf_ns.streaming.packing import CHECKSUMS
 from infnerf_ns.streaming.page_files import PageFiles
 from infnerf_ns.tree_building import require_memory
-from infnerf_ns.tree_state import octree_from_state
-
-_BANKS = ("field.grids", "field.decoders", "field.proposals", "field.appear")
 
 
-def checkpoint_octree(state: dict[str, Any], device: torch.device) -> Octree:
-    """The tree of a checkpoint.
+def checkpoint_octree(field: OctreeField, state: dict[str, Any], device: torch.device) -> Octree:
+    """The tree of a checkpoint, all of whose numbers have been checked.
 
     Args:
+        field: that is going to load it.
         state: of the model; what checkpoints of earlier versions lack is added.
         device: of the tree.
 
     Raises:
-        InputError: it holds none.
+        InputError: it holds none, is not sound, or does not fit the configuration.
     """
-    if "field.tree_level" not in state:
-        raise InputError(
-            "the checkpoint holds no octree: it was not written by infnerf; check --load-dir or --load-config"
-        )
-    octree = octree_from_state(state, "field.").to(device)
+    octree = require_model_state(state, field.config, field.pages.node_resolution, field.max_level).to(device)
     state.setdefault("field.node_samples", torch.zeros(octree.num_nodes, dtype=torch.long))
     state.setdefault("field.maturity", torch.ones(octree.num_nodes))
     return octree
@@ -56,14 +53,6 @@ def fit_whole(
     Raises:
         InputError: the checkpoint does not fit the configuration, or the memory.
     """
-    own = {f"field.{name}" for name, _ in field.named_parameters()}
-    differing = own ^ {name for name in state if name.startswith(_BANKS)}
-    if differing:
-        raise InputError(
-            f"the checkpoint does not fit the configuration ({sorted(differing)[0]} is in one of them only): use the"
-            " config.yml that was written beside it, or the same --pipeline.model.octree and"
-            " --pipeline.model.field options"
-        )
     layout = PageLayout(field.config, octree.node_resolution, field.max_level)
     grown, held = (sum(layout.memory_bytes(tree, training=training)) for tree in (octree, field.octree))
     if grown > held:
@@ -104,24 +93,33 @@ def open_pages(
     return cache
 
 
-def require_all_but_pages(layout: PageLayout, octree: Octree, loaded: Any) -> None:
-    """Ends with one line if a packed checkpoint lacked more than what is in the pages.
+def require_names_and_shapes(own: Mapping[str, Tensor], state: Mapping[str, Any], paged: set[str]) -> None:
+    """Ends with one line if a state lacks something of the model, or holds something else: nerfstudio would leave out
+    what differs, and say nothing.
 
     Args:
-        layout: of the pages.
-        octree: of the checkpoint.
-        loaded: what ``load_state_dict`` has returned.
+        own: the model's state, which has taken over the checkpoint's tree.
+        state: of the checkpoint.
+        paged: names that stand in page files.
 
     Raises:
-        InputError: it did, or held more than the model.
+        InputError: it does.
     """
-    paged = {f"field.{kind}.{level}" for level in range(1, octree.depth + 1) for kind in layout.node_page(level)}
-    lost = sorted(set(loaded.missing_keys) - paged)
-    if lost or loaded.unexpected_keys:
+    differing = sorted((set(own) - paged) ^ (set(state) - paged))
+    if differing:
         raise InputError(
-            f"the packed checkpoint does not fit the configuration ({(lost + loaded.unexpected_keys)[0]} is in one"
-            " of them only): use the config.yml that was written beside it"
+            f"the checkpoint does not fit the configuration ({differing[0]} is in one of them only): use the"
+            " config.yml that was written beside it, or the same --pipeline.model options"
         )
+    for name in sorted(set(own) - paged):
+        dtype = own[name].dtype
+        types = (dtype, torch.float32, torch.float64) if dtype.is_floating_point else (dtype,)
+        require_tensor(name, state[name], tuple(own[name].shape), types)
+
+
+def paged_names(layout: PageLayout, octree: Octree) -> set[str]:
+    """Names of a model's tensors that stand in the pages of its packed run."""
+    return {f"field.{kind}.{level}" for level in range(1, octree.depth + 1) for kind in layout.node_page(level)}
 
 
 def _require_shapes(field: OctreeField, near_planes: NearPlanes | None, state: dict[str, Any]) -> None:
@@ -129,6 +127,11 @@ def _require_shapes(field: OctreeField, near_planes: NearPlanes | None, state: d
         near_planes.fit(len(state["near_planes.points"]))
     for name, value in field.named_parameters():
         saved = state.get(f"field.{name}", value)  # a packed one lacks what is in its pages
+        if name == "appearance.weight" and len(saved) != len(value) and saved.shape[1:] == value.shape[1:]:
+            raise InputError(
+                f"the checkpoint was trained on {len(saved)} photos, but the capture has {len(value)} to train on now:"
+                " put them back, or take out what was added"
+            )
         if saved.shape != value.shape:
             raise InputError(
                 f"the checkpoint's field.{name} is {tuple(saved.shape)}, but the configuration asks for"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
 from typing import Annotated, Any, Literal
@@ -28,7 +29,14 @@ from nerfstudio.utils.rich_utils import CONSOLE
 from torch import Tensor
 from torch.nn import Parameter
 
-from infnerf_ns.checkpoint_loading import checkpoint_octree, fit_whole, open_pages, require_all_but_pages
+from infnerf_ns.camera_paths import drawable
+from infnerf_ns.checkpoint_loading import (
+    checkpoint_octree,
+    fit_whole,
+    open_pages,
+    paged_names,
+    require_names_and_shapes,
+)
 from infnerf_ns.errors import InputError
 from infnerf_ns.field import FieldConfig, OctreeField, in_place_gradients
 from infnerf_ns.interruption import interrupted_between_chunks, may_be_interrupted
@@ -53,6 +61,7 @@ from infnerf_ns.streaming.config import StreamingConfig
 from infnerf_ns.streaming.node_cache import budget_bytes
 from infnerf_ns.streaming.packing import CHECKSUMS
 from infnerf_ns.streaming.views import StreamedViews
+from infnerf_ns.threads import THREADS_VARIABLE, MeasuredThreads
 from infnerf_ns.training.growth import Growth, Watch
 from infnerf_ns.training.growth_rules import GrowthConfig
 from infnerf_ns.tree_building import SOURCES, OctreeConfig, build_tree, log_tree, require_memory
@@ -177,6 +186,7 @@ class InfNeRFModel(Model):
         self.renderer_normals = NormalsRenderer()
         self.normals_shader = NormalsShader()
         self.step, self.total_steps = 0, 0
+        self._threads = MeasuredThreads("renders", "a chunk of rays", f"{THREADS_VARIABLE}=N")
         self.views: StreamedViews | None = None
         """what a packed model does before and after an image"""
         self.footprint_scale = 1.0
@@ -201,17 +211,18 @@ class InfNeRFModel(Model):
 
     def load_state_dict(self, state_dict: dict[str, Any], strict: bool = True, assign: bool = False) -> Any:
         """Takes over the checkpoint's tree first; nodes of a packed run come from its pages when they are needed."""
-        octree = checkpoint_octree(state_dict, self.device)
+        octree = checkpoint_octree(self.field, state_dict, self.device)
         self.growth.fit(octree, state_dict)
         if CHECKSUMS not in state_dict:
             fit_whole(self.field, self.near_planes, octree, state_dict, self.training)
+            require_names_and_shapes(self.state_dict(), state_dict, set())
             loaded = super().load_state_dict(state_dict, strict=strict)
             self.field.young = bool((self.field.maturity < 1).any())
             return loaded
         pages, budget = self.config.streaming.pages, budget_bytes(self.config.streaming.budget_mib)
         cache = open_pages(self.field, self.near_planes, octree, state_dict, pages, budget)
+        require_names_and_shapes(self.state_dict(), state_dict, paged_names(self.field.pages, octree))
         loaded = super().load_state_dict(state_dict, strict=False)
-        require_all_but_pages(self.field.pages, octree, loaded)
         sharpening = BLEND_SHARPENING if self.config.blend_levels else 1.0
         self.views = StreamedViews(cache, sharpening, lambda: self.field.level_cap)
         return loaded
@@ -263,7 +274,12 @@ class InfNeRFModel(Model):
 
     def camera_rays(self, camera: Cameras, obb_box: OrientedBox | None = None) -> RayBundle:
         """Rays [H, W] of one camera with its near plane; orthographic ones have the constant footprint of their ground
-        pixel."""
+        pixel.
+
+        Raises:
+            InputError: it cannot be drawn.
+        """
+        camera = drawable(camera)
         rays = camera.generate_rays(camera_indices=0, keep_shape=True, obb_box=obb_box)
         if int(camera.camera_type.flatten()[0]) == CameraType.ORTHOPHOTO.value:
             radius = 1 / (2 * float(camera.fx.flatten()[0]))
@@ -302,6 +318,7 @@ class InfNeRFModel(Model):
     def get_outputs_for_camera(self, camera: Cameras, obb_box: OrientedBox | None = None) -> dict[str, Tensor]:
         """Renders a camera; of a packed model, what the next camera needs is loaded behind it."""
         with interrupted_between_chunks():
+            camera = drawable(camera)
             outputs = self.get_outputs_for_camera_ray_bundle(self.camera_rays(camera, obb_box))
             if self.views is not None and self.config.streaming.prefetch:
                 self.views.expect_next(camera, self.camera_rays, self.footprint_scale)
@@ -310,9 +327,12 @@ class InfNeRFModel(Model):
     def forward(self, ray_bundle: RayBundle) -> dict[str, Tensor]:
         """Renders rays; those of a packed model region by region, where they do not come from one place."""
         may_be_interrupted()
-        if self.training or self.views is None:
+        if self.training:  # the trainer measures whole steps
             return super().forward(ray_bundle)
-        return self.views.by_region(ray_bundle, super().forward)
+        with self._threads.piece(len(ray_bundle)) if self.device.type == "cpu" else nullcontext():
+            if self.views is None:
+                return super().forward(ray_bundle)
+            return self.views.by_region(ray_bundle, super().forward)
 
     def get_rgba_image(self, outputs: dict[str, Tensor], output_name: str = "rgb") -> Float[Tensor, "*bs 4"]:
         """Colour with the accumulation as alpha, so that exported point clouds and meshes leave the background out."""

@@ -17,6 +17,7 @@ class PageLayout:
     """
 
     def __init__(self, config: FieldConfig, node_resolution: int, max_level: int) -> None:
+        self.node_resolution = node_resolution
         residual = config.children == "residual"
         table = (config.log2_table_size, config.features_per_level)
         # The root's grid covers the contracted space, in which the root cube is the middle half: twice the cells.

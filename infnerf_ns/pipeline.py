@@ -7,6 +7,7 @@ its mean over the levels under the plain name (``psnr``).
 from __future__ import annotations
 
 import dataclasses
+import sys
 from collections import defaultdict
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
@@ -27,11 +28,14 @@ from torch import Tensor
 
 from infnerf_ns.data.pyramid import level_name
 from infnerf_ns.data.pyramid_datamanager import PyramidDataManager, PyramidDataManagerConfig
+from infnerf_ns.errors import InputError
 from infnerf_ns.losses.config import SMALLEST_PATCH
 from infnerf_ns.model import APPEARANCE, InfNeRFModel, InfNeRFModelConfig
+from infnerf_ns.surroundings import is_nerfstudio
+from infnerf_ns.training.stopping import end_on_signals
 from infnerf_ns.training_pictures import training_pictures
 from infnerf_ns.validation import Range
-from infnerf_ns.viewer import OctreeViewer
+from infnerf_ns.viewer import OctreeViewer, PhotosInViewer
 
 
 @dataclass
@@ -65,6 +69,18 @@ class InfNeRFPipelineConfig(VanillaPipelineConfig):
         return []
 
 
+@contextmanager
+def _said_if_not_written(path: Path) -> Iterator[None]:
+    """One line where the disk is full or nothing may be written."""
+    try:
+        yield
+    except OSError as error:
+        raise InputError(
+            f"{path} cannot be written ({error.strerror or error}): free disk space, or choose another folder with"
+            " --render-output-path"
+        ) from error
+
+
 class InfNeRFPipeline(VanillaPipeline):
     """Evaluates per pyramid level; everything else is nerfstudio's."""
 
@@ -75,12 +91,18 @@ class InfNeRFPipeline(VanillaPipeline):
         losses = getattr(config.model, "losses", None)
         if losses is not None and losses.wants_depth:
             config.datamanager.use_depth = True  # type: ignore[attr-defined]
+        if is_nerfstudio(
+            Path(sys.argv[0])
+        ):  # ns-eval, ns-render ...: they have no hook before it; ns-train has its own
+            end_on_signals()
         super().__init__(config, *args, **kwargs)
         if self.model.near_planes is not None:
             # The method, as the module would become part of the data manager, which is one too, and be saved twice.
             self.datamanager.near_planes = self.model.near_planes.forward
         self.octree_viewer = OctreeViewer(self.model)
         """found by nerfstudio's viewer"""
+        self.photos_in_viewer = PhotosInViewer(getattr(self.datamanager, "show_missing_photos", lambda: None))
+        """also found by it"""
 
     @property
     def model(self) -> InfNeRFModel:
@@ -195,7 +217,8 @@ class InfNeRFPipeline(VanillaPipeline):
         del step
         self.eval()
         if output_path is not None:
-            output_path.mkdir(exist_ok=True, parents=True)
+            with _said_if_not_written(output_path):
+                output_path.mkdir(exist_ok=True, parents=True)
         rows = []
         columns = (
             TextColumn("[progress.description]{task.description}"),
@@ -212,7 +235,8 @@ class InfNeRFPipeline(VanillaPipeline):
                 rows.append(metrics)
                 for name, image in images.items() if output_path is not None else ():
                     file = output_path / f"{image_prefix}_{name}_{number:04d}.png"
-                    torchvision.utils.save_image(image.permute(2, 0, 1).cpu(), file)
+                    with _said_if_not_written(file):
+                        torchvision.utils.save_image(image.permute(2, 0, 1).cpu(), file)
                 progress.advance(task)
         self.train()
         averages = {}

@@ -21,10 +21,12 @@ from infnerf_ns.data.pyramid_datamanager import PyramidDataManagerConfig
 from infnerf_ns.errors import InputError
 from infnerf_ns.model import InfNeRFModelConfig
 from infnerf_ns.pipeline import InfNeRFPipelineConfig
+from infnerf_ns.regular_files import file_problem
 from infnerf_ns.training.level_groups import DecayToEndSchedulerConfig
 from infnerf_ns.training.optimizer import NodeAdamOptimizerConfig
 from infnerf_ns.training.trainer import InfNeRFTrainerConfig
 from infnerf_ns.validation import apply_yaml, read_yaml, validate_config
+from infnerf_ns.viewer_address import HOST
 
 SETTINGS_VARIABLE = "INFNERF_SETTINGS"
 _SECTIONS = ("description", "common", "cpu", "cuda")
@@ -98,8 +100,9 @@ def user_settings() -> Optional[Path]:
     if not value:
         return None
     path = Path(value)
-    if not path.is_file():
-        raise InputError(f"{SETTINGS_VARIABLE}={value}: there is no such file; unset the variable or correct it")
+    problem = file_problem(path)
+    if problem is not None:
+        raise InputError(f"{SETTINGS_VARIABLE}={value}: {problem}; unset the variable or correct it")
     return path
 
 
@@ -107,7 +110,7 @@ def base_config(device: Literal["cpu", "cuda"]) -> InfNeRFTrainerConfig:
     """What all presets share and what is not a number to tune: the parts and how they are wired.
 
     Training ends by itself (``quit_on_train_completion``), unlike nerfstudio's methods, and evaluates along the way;
-    while it runs, the viewer is open.
+    while it runs, the viewer is open, to this machine alone.
     """
     return InfNeRFTrainerConfig(
         method_name="infnerf",
@@ -123,7 +126,7 @@ def base_config(device: Literal["cpu", "cuda"]) -> InfNeRFTrainerConfig:
             "discriminator": _group(AdamOptimizerConfig(lr=2e-4, eps=1e-8)),
             "camera_opt": _group(AdamOptimizerConfig(lr=1e-3, eps=1e-15)),
         },
-        viewer=ViewerConfig(num_rays_per_chunk=1 << 15, quit_on_train_completion=True),
+        viewer=ViewerConfig(websocket_host=HOST, num_rays_per_chunk=1 << 15, quit_on_train_completion=True),
         vis="viewer+tensorboard",
     )
 

@@ -1,8 +1,9 @@
 """Allow-list the NumPy scalars that nerfstudio's checkpoints hold, for ``torch.load`` with ``weights_only=True``.
 
-Since torch 2.6 that is the default, and nerfstudio's schedulers store ``np.float64`` learning rates: without this,
-ns-eval, ns-render, ns-export, ns-viewer and a resumed ns-train end in "Unsupported global". The allow-list is torch's
-own public mechanism. ``methods.py`` calls this; nerfstudio imports every plugin before it loads any checkpoint.
+Since torch 2.6, which this package requires, that is the default, and nerfstudio's schedulers store ``np.float64``
+learning rates: without this, ns-eval, ns-render, ns-export, ns-viewer and a resumed ns-train end in "Unsupported
+global". The allow-list is torch's own public mechanism. ``methods.py`` calls this; nerfstudio imports every plugin
+before it loads any checkpoint.
 """
 
 import importlib
@@ -18,12 +19,7 @@ def allow_numpy_scalars() -> None:
 
 
 def _scalar_constructors() -> list:
-    """``multiarray.scalar`` under both module names: a checkpoint may have been written by NumPy 1 or by NumPy 2.
-
-    An entry is ``(function, name in the pickle)`` where torch accepts that form (2.6 and later), else the function.
-    """
+    """``multiarray.scalar`` under both module names: a checkpoint may have been written by NumPy 1 or by NumPy 2."""
     core = "numpy._core" if int(np.__version__.split(".")[0]) >= 2 else "numpy.core"
     scalar = importlib.import_module(f"{core}.multiarray").scalar
-    if tuple(int(part) for part in torch.__version__.split(".")[:2]) >= (2, 6):
-        return [(scalar, "numpy.core.multiarray.scalar"), (scalar, "numpy._core.multiarray.scalar")]
-    return [scalar]
+    return [(scalar, "numpy.core.multiarray.scalar"), (scalar, "numpy._core.multiarray.scalar")]

@@ -1,11 +1,11 @@
-"""The octree as named tensors of a checkpoint, there and back."""
+"""The octree as named tensors of a checkpoint; :mod:`infnerf_ns.state_validation` reads them back."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
 
-from infnerf_ns.octree import Octree, RootCube
+from infnerf_ns.octree import Octree
 
 
 def tree_buffers(octree: Octree) -> dict[str, Tensor]:
@@ -22,17 +22,3 @@ def tree_buffers(octree: Octree) -> dict[str, Tensor]:
             [octree.node_resolution, octree.gsd_sharpness], dtype=torch.float64, device=device
         ),
     }
-
-
-def octree_from_state(state: dict[str, Tensor], prefix: str) -> Octree:
-    """The tree that a state dict holds under these names, each after the prefix."""
-    cube = RootCube(state[prefix + "cube_center"], float(state[prefix + "cube_side"]), state[prefix + "cube_rotation"])
-    resolution, sharpness = state[prefix + "tree_resolution"].tolist()
-    return Octree(
-        cube,
-        state[prefix + "tree_level"],
-        state[prefix + "tree_coords"],
-        state[prefix + "tree_parent"],
-        node_resolution=int(resolution),
-        gsd_sharpness=sharpness,
-    )

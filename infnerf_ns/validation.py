@@ -11,6 +11,7 @@ names the key as the command-line flag, the value and what is allowed.
 
 import dataclasses
 import difflib
+import enum
 import math
 import sys
 import types
@@ -22,6 +23,7 @@ from typing import Annotated, Any, Literal, Optional, Union
 import yaml
 
 from infnerf_ns.errors import InputError
+from infnerf_ns.regular_files import require_regular_file
 
 
 @dataclasses.dataclass(frozen=True)
@@ -67,15 +69,16 @@ def warn(line: str) -> None:
     print(f"infnerf: warning: {' '.join(line.split())}", file=sys.stderr, flush=True)
 
 
-def validate_config(config: Any, prefix: str = "--") -> Report:
+def validate_config(config: Any, prefix: str = "--", *, combinations: bool = True) -> Report:
     """Check the types, ranges, choices and combinations of a dataclass and of all dataclasses within it.
 
     Args:
         config: a dataclass instance; dictionaries of dataclasses within it are walked too.
         prefix: what stands before the key path, ``--`` for command-line flags.
+        combinations: ask the dataclasses' own ``check`` and ``advise``, too; they rely on right types.
     """
     report = Report()
-    _walk(config, prefix, report)
+    _walk(config, prefix, report, combinations)
     return report
 
 
@@ -92,18 +95,31 @@ def enforce(report: Report) -> None:
         warn(line)
 
 
+def require_valid(config: Any) -> None:
+    """`validate_config` of a command's options, then `enforce`.
+
+    Args:
+        config: the command, a dataclass instance.
+
+    Raises:
+        InputError: an option is wrong.
+    """
+    enforce(validate_config(config))
+
+
 def read_yaml(path: Path) -> dict[str, Any]:
     """Read a YAML file whose top level is a mapping; keys given twice are an error, as one of them would be lost.
 
     Raises:
         InputError: the file is missing, cannot be parsed (with the line) or is not a mapping.
     """
+    require_regular_file(path, "cannot read the settings file")
     try:
         text = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise InputError(f"cannot read the settings file {path}: {error}") from error
     try:
-        content = yaml.load(text, Loader=_UniqueKeyLoader)
+        content = yaml.load(text, Loader=UniqueKeyLoader)
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         place = f", line {mark.line + 1}" if mark is not None else ""
@@ -111,7 +127,7 @@ def read_yaml(path: Path) -> dict[str, Any]:
     if content is None:
         return {}
     if not isinstance(content, dict):
-        raise InputError(f"{path}: expected 'key: value' lines at the top level, found {_describe(content)}")
+        raise InputError(f"{path}: expected 'key: value' lines at the top level, found {describe(content)}")
     return content
 
 
@@ -127,7 +143,7 @@ def apply_yaml(config: Any, mapping: dict[str, Any], source_file: Union[str, Pat
     Raises:
         InputError: an unknown key (with the nearest allowed one) or a value of the wrong type.
     """
-    hints = {} if isinstance(config, dict) else _type_hints(type(config))
+    hints = {} if isinstance(config, dict) else type_hints(type(config))
     allowed = list(config) if isinstance(config, dict) else _public_fields(config)
     for key, value in mapping.items():
         name, path = str(key).replace("-", "_"), f"{key_path}{key}"
@@ -138,14 +154,14 @@ def apply_yaml(config: Any, mapping: dict[str, Any], source_file: Union[str, Pat
         current = config[name] if isinstance(config, dict) else getattr(config, name)
         if _is_section(current):
             if not isinstance(value, dict):
-                raise InputError(f"{source_file}: '{path}' is a section with keys of its own, found {_describe(value)}")
+                raise InputError(f"{source_file}: '{path}' is a section with keys of its own, found {describe(value)}")
             apply_yaml(current, value, source_file, f"{path}.")
             continue
         hint = Any if isinstance(config, dict) else hints.get(name, Any)
         try:
             converted = _convert(value, hint)
         except (TypeError, ValueError):
-            raise InputError(f"{source_file}: '{path}' must be {type_name(hint)}, found {_describe(value)}") from None
+            raise InputError(f"{source_file}: '{path}' must be {type_name(hint)}, found {describe(value)}") from None
         if isinstance(config, dict):
             config[name] = converted
         else:
@@ -168,32 +184,37 @@ def type_name(hint: Any) -> str:
     return simple.get(hint, getattr(hint, "__name__", str(hint)))
 
 
-def _walk(value: Any, prefix: str, report: Report) -> None:
+def _walk(value: Any, prefix: str, report: Report, combinations: bool) -> None:
     """Check one dataclass or dictionary and everything in it; ``prefix`` ends where the next key begins."""
     if isinstance(value, dict):
         for key, item in value.items():
             if _is_section(item):
-                _walk(item, f"{prefix}{_flag(str(key))}.", report)
+                _walk(item, f"{prefix}{_flag(str(key))}.", report, combinations)
         return
-    hints = _type_hints(type(value))
+    hints = type_hints(type(value))
     for name in _public_fields(value):
         flag, item = f"{prefix}{_flag(name)}", getattr(value, name)
         if _is_section(item):
-            _walk(item, f"{flag}.", report)
+            _walk(item, f"{flag}.", report, combinations)
         else:
             _check_value(flag, item, hints.get(name, Any), report)
-    report.problems += getattr(value, "check", list)()
-    report.warnings += getattr(value, "advise", list)()
+    if combinations:
+        report.problems += getattr(value, "check", list)()
+        report.warnings += getattr(value, "advise", list)()
 
 
 def _check_value(flag: str, value: Any, hint: Any, report: Report) -> None:
     bare, limits = _strip(hint)
-    if not _matches(value, bare):
+    if not matches(value, bare):
         report.problems.append(f"{flag} {_show(value)}: must be {type_name(hint)}")
         return
     for number in _numbers(value):
         if math.isnan(number):
             report.problems.append(f"{flag} {_show(value)}: is not a number")
+            continue
+        if math.isinf(number) and limits and all(limit.allows(number) for limit in limits):
+            report.problems.append(f"{flag} {_show(value)}: give a finite number")
+            continue
         for limit in limits:
             if not limit.allows(number):
                 report.problems.append(f"{flag} {_show(value)}: allowed is {limit}")
@@ -211,22 +232,26 @@ def _strip(hint: Any) -> tuple[Any, list[Range]]:
     return hint, []
 
 
-def _matches(value: Any, hint: Any) -> bool:
-    """Whether a value is of a type; types not understood here (a class, a callable, Any) match everything."""
+def matches(value: Any, hint: Any) -> bool:
+    """Whether a value is of a type; types not understood here (a callable, a foreign class, Any) match everything."""
     hint, _ = _strip(hint)
     origin, arguments = typing.get_origin(hint), typing.get_args(hint)
     if hint is None or hint is type(None):
         return value is None
+    if hint is dict or origin is dict:
+        if not isinstance(value, dict):
+            return False
+        return not arguments or all(matches(k, arguments[0]) and matches(v, arguments[1]) for k, v in value.items())
     if origin is Literal:
         return any(value == choice and type(value) is type(choice) for choice in arguments)
     if origin in (Union, types.UnionType):
-        return any(_matches(value, argument) for argument in arguments)
+        return any(matches(value, argument) for argument in arguments)
     if origin in (tuple, list):
         if not isinstance(value, (tuple, list)):
             return False
         if origin is tuple and arguments and arguments[-1] is not ...:
-            return len(value) == len(arguments) and all(map(_matches, value, arguments))
-        return all(_matches(item, arguments[0]) for item in value) if arguments else True
+            return len(value) == len(arguments) and all(map(matches, value, arguments))
+        return all(matches(item, arguments[0]) for item in value) if arguments else True
     if hint is int:
         return isinstance(value, int) and not isinstance(value, bool)
     if hint is float:
@@ -235,6 +260,8 @@ def _matches(value: Any, hint: Any) -> bool:
         return isinstance(value, hint)
     if hint is Path:
         return isinstance(value, (str, Path))
+    if isinstance(hint, type) and (dataclasses.is_dataclass(hint) or issubclass(hint, enum.Enum)):
+        return isinstance(value, hint)
     return True
 
 
@@ -259,7 +286,7 @@ def _convert(value: Any, hint: Any) -> Any:
         return float(value)  # YAML 1.1 reads "1e-3", without a point, as text
     if hint is Path and isinstance(value, str):
         return Path(value)
-    if not _matches(value, hint):
+    if not matches(value, hint):
         raise TypeError
     return float(value) if hint is float else value
 
@@ -272,7 +299,7 @@ def _numbers(value: Any) -> Iterator[float]:
         yield value
 
 
-def _type_hints(cls: type) -> dict[str, Any]:
+def type_hints(cls: type) -> dict[str, Any]:
     """Resolved types with their metadata; none for a foreign class whose annotations cannot be resolved."""
     try:
         return typing.get_type_hints(cls, include_extras=True)
@@ -299,7 +326,8 @@ def _show(value: Any) -> str:
     return " ".join(map(str, value)) if isinstance(value, (tuple, list)) else str(value)
 
 
-def _describe(value: Any) -> str:
+def describe(value: Any) -> str:
+    """A value as an error shows it, with its type."""
     return f"{value!r} ({type(value).__name__})"
 
 
@@ -308,7 +336,7 @@ def _suggest(name: str, allowed: list[str]) -> str:
     return f", did you mean '{nearest[0]}'?" if nearest else ""
 
 
-class _UniqueKeyLoader(yaml.SafeLoader):
+class UniqueKeyLoader(yaml.SafeLoader):
     """SafeLoader that refuses a key given twice in one mapping."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:

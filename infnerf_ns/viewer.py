@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import math
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
@@ -25,6 +25,9 @@ from infnerf_ns.octree import Octree
 from infnerf_ns.streaming.node_cache import NodeCache
 from infnerf_ns.tree_colors import level_colors
 from infnerf_ns.validation import warn
+from infnerf_ns.viewer_address import say_address
+from infnerf_ns.viewer_guard import take_over
+from infnerf_ns.viewer_input import clamped
 from infnerf_ns.wireframe import cube_edges, lines_gltf
 
 _LOOK_EVERY = 0.2
@@ -57,6 +60,38 @@ class _Panel:
     max_level: GuiInputHandle[int] | None = None
     budget: GuiInputHandle[int] | None = None
     freeze: GuiInputHandle[bool] | None = None
+    depth: int = 0
+    """of the tree"""
+    budgets: tuple[int, int] = (0, 0)
+    """MiB, the slider's ends"""
+
+    # What is read of a control is within its limits, wherever its value has come from.
+
+    @property
+    def footprint_scale(self) -> float:
+        return 2.0 ** _read(self.bias, _FINEST_BIAS, _COARSEST_BIAS, 0.0)
+
+    @property
+    def level_cap(self) -> int:
+        return self.depth if self.max_level is None else int(_read(self.max_level, 0, self.depth, self.depth))
+
+    @property
+    def budget_bytes(self) -> int:
+        assert self.budget is not None
+        return int(_read(self.budget, *self.budgets, self.budgets[1])) * _MIB
+
+    @property
+    def level_shown(self) -> int | None:
+        """None: all"""
+        names = self.levels.options[1:]
+        return names.index(self.levels.value) if self.levels.value in names else None
+
+
+def _read(control: GuiInputHandle[Any], low: float, high: float, otherwise: float) -> float:
+    try:
+        return clamped(float(control.value), low, high)
+    except (TypeError, ValueError):
+        return otherwise
 
 
 @dataclass
@@ -80,6 +115,23 @@ class StillCameras:
         return self._looks[number][1] == 2
 
 
+class PhotosInViewer(ViewerControl):
+    """Tells the data manager when a viewer has been opened, which wants a picture for each photo, also of a run whose
+    photos are not at hand; does nothing until a viewer has found it in the pipeline.
+
+    Args:
+        show_missing_photos: called then.
+    """
+
+    def __init__(self, show_missing_photos: Callable[[], None]) -> None:
+        self._show_missing_photos = show_missing_photos
+
+    def _setup(self, viewer: Viewer) -> None:
+        """Called once by nerfstudio's viewer, before it draws the photos."""
+        super()._setup(viewer)
+        self._show_missing_photos()
+
+
 class OctreeViewer(ViewerControl):
     """The controls "Octree" of the viewer; does nothing until a viewer has found it in the pipeline.
 
@@ -100,6 +152,8 @@ class OctreeViewer(ViewerControl):
     def _setup(self, viewer: Viewer) -> None:
         """Called once by nerfstudio's viewer: puts the controls on the page."""
         super()._setup(viewer)
+        if take_over(self.viser_server):
+            say_address(viewer)
         if self._cache is not None:
             self._cache.waits = False
             self._cache.on_arrival = self._render_again_sharply
@@ -127,9 +181,9 @@ class OctreeViewer(ViewerControl):
             panel = self._panel
             if panel is None:
                 return
-            cap = None if panel.max_level is None else int(panel.max_level.value)
-            self._model.footprint_scale = 1.0 if self._measuring else 2.0 ** float(panel.bias.value)
-            self._model.field.level_cap = None if self._measuring or cap == self._model.field.whole_tree.depth else cap
+            whole = self._measuring or panel.level_cap >= self._model.field.whole_tree.depth
+            self._model.footprint_scale = 1.0 if self._measuring else panel.footprint_scale
+            self._model.field.level_cap = None if whole else panel.level_cap
 
     # -- pictures
 
@@ -174,7 +228,7 @@ class OctreeViewer(ViewerControl):
 
     def _set_budget(self, *_: Any) -> None:
         assert self._cache is not None and self._panel is not None and self._panel.budget is not None
-        self._cache.set_budget(int(self._panel.budget.value) * _MIB)
+        self._cache.set_budget(self._panel.budget_bytes)
         self._render_again()
 
     # -- the page
@@ -207,10 +261,10 @@ class OctreeViewer(ViewerControl):
         """The controls for a tree; in training, a checkpoint may bring another one after the page has been made."""
         shown, bias, level, deepest = False, 0.0, ALL, tree.depth
         if self._panel is not None:
-            shown, bias = bool(self._panel.wireframe.value), float(self._panel.bias.value)
+            shown, bias = bool(self._panel.wireframe.value), math.log2(self._panel.footprint_scale)
             level = self._panel.levels.value
-            capped = self._panel.max_level is not None and self._panel.max_level.value < max(self._drawn)
-            deepest = min(int(self._panel.max_level.value), tree.depth) if capped else tree.depth
+            capped = self._panel.level_cap < self._panel.depth
+            deepest = min(self._panel.level_cap, tree.depth) if capped else tree.depth
             self._panel.folder.remove()
         for drawn in self._drawn.values():
             if drawn.handle is not None:
@@ -234,7 +288,7 @@ class OctreeViewer(ViewerControl):
                 *(_FINEST_BIAS, _COARSEST_BIAS, 0.25, bias),
                 hint="In octree levels; above 0 coarser, below 0 finer than a pixel asks for",
             )
-            self._panel = _Panel(folder, status, wireframe, levels, nodes, detail)
+            self._panel = _Panel(folder, status, wireframe, levels, nodes, detail, depth=tree.depth)
             if tree.depth > 0:
                 self._panel.max_level = gui.add_slider(
                     "Maximum level", 0, tree.depth, 1, deepest, hint="Nothing is drawn by finer nodes"
@@ -251,6 +305,7 @@ class OctreeViewer(ViewerControl):
         assert self._panel is not None
         least = math.ceil((cache.root_bytes + cache.page_bytes) / _MIB)
         most = max(least + 1, math.ceil(cache.model_bytes / _MIB))
+        self._panel.budgets = least, most
         self._panel.budget = self.viser_server.gui.add_slider(
             "Memory budget (MiB)",
             *(least, most, 1, min(max(cache.budget_bytes // _MIB, least), most)),
@@ -308,12 +363,12 @@ class OctreeViewer(ViewerControl):
 
     def _draw_wireframe(self, tree: Octree) -> None:
         assert self._panel is not None
-        chosen = self._panel.levels.options.index(self._panel.levels.value) - 1
+        chosen = self._panel.level_shown
         on = bool(self._panel.wireframe.value)
         shown = self._shown(tree) if on else None
         edges = tree.first_of_level.tolist()
         for level, drawn in self._drawn.items():
-            visible = on and chosen in (-1, level)
+            visible = on and chosen in (None, level)
             if visible:
                 nodes = torch.nonzero(shown[edges[level] : edges[level + 1]])[:, 0] + edges[level]
                 visible = len(nodes) > 0

@@ -63,7 +63,12 @@ class Running:
         program = Path(sys.executable).parent / self.command[0]
         with open(self._files[0], "wb") as out, open(self._files[1], "wb") as err:
             self.process = subprocess.Popen(
-                [program, *self.command[1:]], stdout=out, stderr=err, stdin=subprocess.DEVNULL, env=_environment()
+                [program, *self.command[1:]],
+                stdout=out,
+                stderr=err,
+                stdin=subprocess.DEVNULL,
+                env=_environment(),
+                preexec_fn=_as_from_a_terminal,
             )
 
     def output(self) -> str:
@@ -173,6 +178,11 @@ def trained_run(session_folder: Path) -> Trained:
     workplace = Workplace(session_folder / "commands")
     finished = Running(workplace.train("whole"), workplace.logs / "whole").wait().succeeded()
     return Trained(workplace, finished)
+
+
+def _as_from_a_terminal() -> None:
+    """The tests may have been started with nohup, which their commands would inherit."""
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
 
 def _environment() -> dict[str, str]:

@@ -46,5 +46,7 @@ def dense_step(bank: Parameter, optimizer: NodeAdam, gradient: Tensor) -> None:
     """A step of the readable twin."""
     bank.grad = gradient.clone()
     with torch.no_grad():
-        _dense_step(bank, optimizer._moments(bank), optimizer.param_groups[0])
+        enabled, bank.infnerf_in_place_gradient = bank.infnerf_in_place_gradient, False
+        _dense_step(bank, optimizer._moments(bank), optimizer.param_groups[0], optimizer._clipping())
+        bank.infnerf_in_place_gradient = enabled
     bank.grad = None

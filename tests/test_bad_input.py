@@ -170,7 +170,7 @@ def test_mask_of_another_size(tmp_path: Path) -> None:
 
 def test_mask_in_colour(tmp_path: Path) -> None:
     write_capture(tmp_path, masks=True)
-    Image.new("RGB", (32, 24)).save(tmp_path / "masks/004.png")
+    Image.new("RGB", (32, 24), (255, 0, 0)).save(tmp_path / "masks/004.png")
     assert re.search(r"004\.png has 3 channels: save it with one", refusal(lambda: start(tmp_path)))
 
 

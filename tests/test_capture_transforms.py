@@ -242,3 +242,14 @@ def test_places_far_from_the_origin_keep_their_precision(tmp_path: Path, applied
     place = original[:3, :3] @ back[0, :, 3].numpy()
     expected = json.loads((tmp_path / "far/transforms.json").read_text())["frames"][0]["transform_matrix"]
     np.testing.assert_allclose(place, np.array(expected)[:3, 3], atol=1e-5)
+
+
+def test_no_room_for_temporary_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_capture(tmp_path)
+
+    def full(*_: Any, **__: Any) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("tempfile.mkdtemp", full)
+    with pytest.raises(InputError, match="No space left on device.*TMPDIR"):
+        parse(tmp_path)

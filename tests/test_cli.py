@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import dataclasses
 import itertools
 from pathlib import Path
 from types import SimpleNamespace
@@ -15,8 +16,13 @@ from PIL import Image
 from tiny_capture import write_capture
 
 from infnerf_ns.cli import bench_nodes, bench_quality, picture
+from infnerf_ns.cli.bench_flyin import Flyin
+from infnerf_ns.cli.bench_growth import Growth
+from infnerf_ns.cli.bench_losses import Losses
+from infnerf_ns.cli.bench_memory import Memory
 from infnerf_ns.cli.bench_output import table_and_plot
 from infnerf_ns.cli.bench_quality import Quality, held_out_psnr
+from infnerf_ns.cli.bench_scaling import Scaling
 from infnerf_ns.cli.bench_speed import Speed
 from infnerf_ns.cli.bench_trainer import full_tree, random_rays
 from infnerf_ns.errors import InputError
@@ -58,6 +64,48 @@ def test_speed_prints_a_row_per_kernel(capsys: pytest.CaptureFixture[str]) -> No
 def test_picture_of_nothing(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="no such file; give a run's config.yml"):
         picture.Picture(load_config=tmp_path / "config.yml", output=tmp_path / "out.png").main()
+
+
+NAN = float("nan")
+
+
+@pytest.mark.parametrize(
+    "command, flag, values",
+    [
+        (picture.Picture, "width", (0, -1, 70_000)),
+        (picture.Picture, "level", (-1, 31)),
+        (picture.Picture, "photos", ((-1,),)),
+        (Speed, "rays", (0, -5, 2**30)),
+        (Speed, "repeats", (0,)),
+        (bench_nodes.Nodes, "levels", ((-1,), (1, 9))),
+        (bench_nodes.Nodes, "steps", (0,)),
+        (bench_nodes.Nodes, "warm_up", (-1,)),
+        (Growth, "scale", (0.0, -1.0, NAN, 2.0, float("inf"))),
+        (Growth, "minutes", ((NAN,), (0.0,), (1.0, float("inf")))),
+        (Growth, "district", ((0.0, 0.0, NAN, 1.0), (-0.1, 0.0, 1.0, 1.0))),
+        (Growth, "pixels", (0,)),
+        (Growth, "seed", (-1, 2**32)),
+        (Losses, "minutes", (0.0, -1.0, NAN, float("inf"))),
+        (Losses, "seeds", ((-1,),)),
+        (Losses, "pixels", (0,)),
+        (Quality, "scale", (0.0, NAN, 2.0)),
+        (Quality, "pixels", (-1,)),
+        (Memory, "width", (70_000,)),
+        (Memory, "steps", (10**9,)),
+        (Scaling, "rays", (2**30,)),
+        (Flyin, "width", (70_000,)),
+        (Flyin, "budget_mib", (2**31,)),
+    ],
+)
+def test_numbers_out_of_range_are_one_line(tmp_path: Path, command: type, flag: str, values: tuple) -> None:
+    """Regression: ``infnerf-picture --width 0`` was a traceback of OpenCV, after the run had been loaded."""
+    names = {field.name for field in dataclasses.fields(command)}
+    paths = {"load_config": tmp_path / "config.yml", "output": tmp_path / "out.png", "run": tmp_path, "data": tmp_path}
+    given = {name: value for name, value in paths.items() if name in names}
+    for value in values:
+        with pytest.raises(InputError, match=f"--{flag.replace('_', '-')} ") as refused:
+            command(**{**given, flag: value}).main()
+        assert any(words in str(refused.value) for words in ("allowed is", "is not a number", "give "))
 
 
 def test_quality_trains_ours_and_nerfacto_and_writes_table_and_plot(
@@ -156,6 +204,7 @@ def test_held_out_psnr_of_a_known_error() -> None:
         ({"methods": ()}, "--methods: name at least one"),
         ({"minutes": ()}, "--minutes .* give rising numbers above 0"),
         ({"minutes": (2.0, 1.0)}, "--minutes .* give rising numbers above 0"),
+        ({"minutes": (NAN,)}, "--minutes .* give rising numbers above 0"),
         ({"data": Path("nowhere")}, "--data nowhere: there is neither a transforms.json nor a transforms_train.json"),
     ],
 )

@@ -1,6 +1,7 @@
 """The demo scene: the same for the same seed, true area averages, exact visibility, a cache never half there."""
 
 import dataclasses
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -247,6 +248,22 @@ def test_depth_images_are_those_of_the_surface(cache_dir, scene, rays):
     assert (np.load(files[0]) == 0).mean() < 0.9
 
 
+def test_smaller_photos_have_smaller_cameras(cache_dir, scene):
+    """Regression: ``ns-render dataset --downscale-factor 2`` ended in a bare AssertionError."""
+    whole, small = (
+        small_config(cache_dir, downscale_factor=factor, depth=True).setup().get_dataparser_outputs("val")
+        for factor in (None, 2.0)
+    )
+    assert small.cameras.width.unique().item() == 20 and small.cameras.height.unique().item() == 15
+    torch.testing.assert_close(small.cameras.fx * 2, whole.cameras.fx)
+    torch.testing.assert_close(small.cameras.camera_to_worlds, whole.cameras.camera_to_worlds)
+    for before, after in zip(whole.image_filenames, small.image_filenames, strict=True):
+        means = np.asarray(Image.open(before)).reshape(15, 2, 20, 2, 3).mean(axis=(1, 3))
+        np.testing.assert_allclose(np.asarray(Image.open(after)), means, atol=0.51)
+    depth = np.load(small.metadata["depth_filenames"][0])
+    assert np.array_equal(depth, np.load(whole.metadata["depth_filenames"][0])[1::2, 1::2])
+
+
 def test_depth_images_are_made_once_and_leave_the_photos_alone(cache_dir, scene, monkeypatch, capsys):
     before, stamps = contents(scene), [photo.stat().st_mtime_ns for photo in scene.photos]
     files = load_or_generate_depths(scene)
@@ -343,3 +360,19 @@ def test_the_entry_point_imports_alone():
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip().splitlines()[-1] == "False"
     assert isinstance(demo_dataparser_spec.config, InfNeRFDemoDataParserConfig)
+
+
+def test_drafts_of_killed_processes_are_removed_and_those_at_work_stay(tmp_path: Path) -> None:
+    """Regression: what a killed generation had made stayed for ever, in a hidden folder."""
+    folder, name = tmp_path / "town", "0123456789abcdef" * 2
+    abandoned, working, other = (
+        tmp_path / each for each in (f".town.{name}", f".town.{name[::-1]}", f".village.{name}")
+    )
+    for draft in (abandoned, working, other):
+        draft.mkdir()
+        (draft / "00000.png").touch()
+        if draft != working:
+            for each in (draft / "00000.png", draft):
+                os.utime(each, (0, 0))
+    cache.load_or_make(folder, lambda: "made" if folder.exists() else None, lambda draft: None)
+    assert not abandoned.exists() and working.exists() and other.exists() and folder.exists()

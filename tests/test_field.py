@@ -24,8 +24,8 @@ from torch import Tensor
 
 from infnerf_ns.field import FieldConfig, OctreeField, in_place_gradients
 from infnerf_ns.octree import build_octree
+from infnerf_ns.state_validation import octree_from_state
 from infnerf_ns.training.optimizer import NodeAdam
-from infnerf_ns.tree_state import octree_from_state
 
 every_children = pytest.mark.parametrize("children", ["residual", "independent"])
 every_sharing = pytest.mark.parametrize("sharing", ["node", "level", "tree"])

@@ -298,6 +298,8 @@ def test_a_checkpoint_that_does_not_fit_is_refused() -> None:
     message = _refusal(state, tiny_config({"log2_table_size": 9}))
     assert "field.grids.0 is (1, " in message and "--pipeline.model.field" in message
     assert "field.appearance.weight" in _refusal(state, tiny_config({"appearance_dim": 0}))
+    more = {**state, "field.appearance.weight": torch.zeros(PHOTOS + 3, state["field.appearance.weight"].shape[1])}
+    assert f"was trained on {PHOTOS + 3} photos, but the capture has {PHOTOS} to train on now" in _refusal(more)
     del state["field.proposals.1"]
     assert "field.proposals.1" in _refusal(state)
 

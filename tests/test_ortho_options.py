@@ -67,6 +67,33 @@ def test_without_rasterio_there_is_a_remedy(tmp_path: Path, monkeypatch: pytest.
         Ortho(tmp_path, heights=tmp_path / "dsm.tif").main()
 
 
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        ({"gsd": 1e-300}, "--gsd 1e-300: the map would have .* pixels, which is too many"),
+        ({"gsd": 5e-324}, "--gsd 4.94066e-324: the map would have inf x inf pixels"),
+        ({"gsd": 1e300}, r"--gsd 1e\+300: one pixel would be larger than the map, 10 x 5"),
+        ({"width": 10_000_000}, "--width 10000000: the map would have"),
+        ({"bounds": (-1e308, -1e308, 1e308, 1e308)}, "--bounds .* 1,000,000 times as wide as the scene"),
+        ({"origin": (1e300, 0.0)}, r"--origin 1e\+300 0.0: allowed is -1e\+10 to 1e\+10"),
+    ],
+)
+def test_maps_beyond_all_bounds_are_one_line(tmp_path: Path, options: dict, message: str) -> None:
+    """Regression: ``--gsd 1e-300`` was an OverflowError, after the run had been loaded."""
+    ortho = Ortho(tmp_path, output=tmp_path / "map.png", **options)
+    with pytest.raises(InputError, match=message):
+        ortho._check_options()
+        ortho._grid(np.array([0.0, 0.0, 0.0]), np.array([10.0, 5.0, 1.0]))
+
+
+@pytest.mark.parametrize("flag", ["top", "bottom"])
+def test_heights_far_from_the_scene_are_one_line(tmp_path: Path, flag: str) -> None:
+    ortho = Ortho(tmp_path, output=tmp_path / "map.png", **{flag: 1e300})
+    low, high = np.array([0.0, 0.0, 0.0]), np.array([10.0, 5.0, 1.0])
+    with pytest.raises(InputError, match=rf"--{flag} 1e\+300: that is far from the scene, whose heights are 0 to 1"):
+        ortho._rays(None, None, ortho._grid(low, high), low, high)  # type: ignore[arg-type]
+
+
 def test_older_outputs_stay(tmp_path: Path) -> None:
     path = tmp_path / "map.png"
     path.write_text("older")

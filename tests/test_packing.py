@@ -235,7 +235,8 @@ def test_nodes_that_have_not_taken_over_are_said(tmp_path: Path, capsys: pytest.
     assert "taken over" not in capsys.readouterr().err
     (path,) = checkpoints.whole_checkpoints(run / "nerfstudio_models")
     state = checkpoints.read_checkpoint(path)
-    state["pipeline"]["_model.field.maturity"] = torch.tensor([1.0] * 3 + [0.5] * 2)
+    state["pipeline"]["_model.field.maturity"] = state["pipeline"]["_model.field.maturity"].clone()
+    state["pipeline"]["_model.field.maturity"][3:5] = 0.5
     assert checkpoints.write_checkpoint(state, path, None) is None
     pack(run, overwrite=True)
     assert "2 nodes have not taken over from their parents yet" in capsys.readouterr().err

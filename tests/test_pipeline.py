@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 from contextlib import nullcontext
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
+import torchvision
 from nerfstudio.cameras.cameras import Cameras, CameraType
 from nerfstudio.cameras.rays import RayBundle
 from tiny_model import tiny_camera
 from torch import Tensor
 
+from infnerf_ns.errors import InputError
 from infnerf_ns.image_metrics import image_metrics
 from infnerf_ns.model import APPEARANCE
 from infnerf_ns.pipeline import InfNeRFPipeline
@@ -120,3 +123,32 @@ def test_the_code_of_the_photo_is_fitted_for_its_half_only() -> None:
             if expected is not None:
                 assert torch.equal(code, expected.expand(HEIGHT >> level, WIDTH >> level, 3))
         assert len(pipeline.codes) == len(ERRORS)
+
+
+class _Evaluated(_Pipeline):
+    """As ns-eval runs it, on that photo alone."""
+
+    octree_viewer = SimpleNamespace(measuring=nullcontext)
+
+    def eval(self) -> None:
+        pass
+
+    train = eval
+
+    def evaluate_photo(self, camera: Cameras, batch: dict) -> tuple[dict[str, float], dict[str, Tensor]]:
+        return InfNeRFPipeline.evaluate_photo(self, camera, batch)
+
+
+def test_renders_that_cannot_be_written_are_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Regression: a full disk was a traceback."""
+
+    def full(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    pipeline = _Evaluated("full")
+    photos = [(pipeline.levels[0][1], {"image": pipeline.levels[0][2]})]
+    InfNeRFPipeline.get_average_image_metrics(pipeline, photos, "eval", output_path=tmp_path)
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["eval_img_0000.png", "eval_img_2_0000.png"]
+    monkeypatch.setattr(torchvision.utils, "save_image", full)
+    with pytest.raises(InputError, match="eval_img_0000.png cannot be written .No space left on device.: make room"):
+        InfNeRFPipeline.get_average_image_metrics(pipeline, photos, "eval", output_path=tmp_path)

@@ -76,6 +76,15 @@ def test_not_a_number_is_a_problem():
     assert "--tree.sharpness nan: is not a number" in validate_config(changed(sharpness=float("nan"))).problems
 
 
+def test_infinity_is_no_value_of_an_open_range():
+    @dataclass
+    class Open:
+        length: Annotated[float, Range(0.0)] = 1.0
+
+    assert validate_config(Open(float("inf"))).problems == ["--length inf: give a finite number"]
+    assert validate_config(Open(1e30)).problems == []
+
+
 def test_a_dictionary_of_settings_is_checked_too():
     settings = Settings()
     settings.optimizers["grids"]["optimizer"].max_level = 99

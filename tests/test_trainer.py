@@ -10,6 +10,7 @@ from nerfstudio.configs.base_config import (
 )
 from nerfstudio.engine.optimizers import AdamOptimizerConfig
 from nerfstudio.engine.trainer import Trainer
+from nerfstudio.scripts import train as ns_train
 from tiny_trainer import STEPS, TinyPipeline, run, steps_saved, tiny_config
 
 from infnerf_ns.errors import InputError
@@ -177,9 +178,40 @@ def test_gradients_are_accumulated_by_kind_or_by_group(tmp_path):
         tiny_config(tmp_path, gradient_accumulation_steps={"nonsense": 2}).setup()
 
 
-def test_several_devices_are_refused(tmp_path):
-    with pytest.raises(InputError, match="--machine.num-devices"):
-        tiny_config(tmp_path, machine=MachineConfig(device_type="cpu", num_devices=2)).setup()
+@pytest.mark.parametrize(
+    "machine, line",
+    [
+        ({"num_devices": 2}, "--machine.num-devices 2: training on several devices is not built"),
+        ({"num_devices": 0}, "--machine.num-devices 0: allowed is 1"),
+        ({"num_devices": -1, "num_machines": -1}, "2 settings are wrong"),
+        ({"num_machines": 3}, "--machine.num-machines 3: training on several devices is not built"),
+        ({"machine_rank": 1}, "--machine.machine-rank 1: there is one machine, its rank is 0"),
+        (
+            {"dist_url": "tcp://10.0.0.1:8686"},
+            "--machine.dist-url tcp://10.0.0.1:8686: training on several machines is",
+        ),
+        ({"seed": -1}, "--machine.seed -1: allowed is 0 to 4294967295"),
+        ({"seed": 2**32}, "--machine.seed 4294967296: allowed is 0 to 4294967295"),
+        ({"device_type": "mps"}, "--machine.device-type mps: torch .* finds no such device here"),
+    ],
+)
+def test_ns_train_refuses_a_machine_before_it_prints_saves_or_starts_anything(
+    tmp_path, capsys, monkeypatch, machine, line
+):
+    """Regression: it started a process per device, which ended in a traceback after minutes."""
+    started = []
+    monkeypatch.setattr(ns_train, "launch", lambda **_: started.append(True))
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: False)
+    with pytest.raises(InputError, match=line):
+        ns_train.main(tiny_config(tmp_path, machine=MachineConfig(**{"device_type": "cpu", **machine})))
+    assert not started and capsys.readouterr().out == "" and not list(tmp_path.iterdir())
+
+
+def test_ns_train_starts_with_one_device(tmp_path, monkeypatch):
+    started = []
+    monkeypatch.setattr(ns_train, "launch", lambda **_: started.append(True))
+    ns_train.main(tiny_config(tmp_path))
+    assert started and (tmp_path / "test" / "tiny" / "run" / "config.yml").exists()
 
 
 def test_wrong_settings_are_named_as_flags_before_anything_is_built(tmp_path, capsys):

@@ -10,7 +10,10 @@ from nerfstudio.utils import eval_utils
 from tiny_trainer import STEPS, TinyPipeline, TinyPipelineConfig, run, steps_saved, tiny_config, truncate
 
 from infnerf_ns.errors import InputError
-from infnerf_ns.training import checkpoints
+from infnerf_ns.kernels import bank_gradient, enable_bank_gradient
+from infnerf_ns.training import checkpoints, stability
+from infnerf_ns.training.level_groups import DecayToEndSchedulerConfig, accumulation_problems, optimizer_problems
+from infnerf_ns.training.optimizer import NodeAdamOptimizerConfig
 
 pytestmark = pytest.mark.usefixtures("quiet_writers")
 
@@ -25,8 +28,9 @@ def test_resuming_passes_over_a_truncated_checkpoint(tmp_path, capsys):
 
 def test_ns_eval_loads_the_checkpoint_before_a_truncated_one_from_a_read_only_run(tmp_path, capsys):
     """What ns-eval, ns-render, ns-export and ns-viewer do: config.yml, then nerfstudio's own loading."""
-    trainer, _ = run(tiny_config(tmp_path))
-    trainer.config.save_config()
+    config = tiny_config(tmp_path)
+    config.save_config()
+    trainer, _ = run(config)
     truncate(checkpoints.checkpoint_path(trainer.checkpoint_dir, STEPS - 1))
     trainer.checkpoint_dir.chmod(stat.S_IRUSR | stat.S_IXUSR)
     try:
@@ -136,7 +140,7 @@ def test_a_checkpoint_that_cannot_be_written_does_not_end_the_training(tmp_path,
     monkeypatch.setattr(torch, "save", full_disk)
     trainer, code = run(tiny_config(tmp_path))
     assert code == 0 and steps_saved(trainer) == [STEPS - 1, 5]
-    assert "No space left on device" in capsys.readouterr().err
+    assert "the disk is full: a checkpoint needs" in capsys.readouterr().err
 
 
 def test_a_run_whose_every_checkpoint_failed_ends_with_an_error(tmp_path, monkeypatch):
@@ -145,4 +149,77 @@ def test_a_run_whose_every_checkpoint_failed_ends_with_an_error(tmp_path, monkey
 
     monkeypatch.setattr(torch, "save", full_disk)
     trainer, code = run(tiny_config(tmp_path))
-    assert "no checkpoint could be written" in str(code)
+    assert "its last weights could not be written to" in str(code)
+
+
+def test_a_gradient_that_is_not_finite_in_a_large_bank_is_left_out_and_named(tmp_path, monkeypatch, capsys):
+    """Regression: banks above 2**20 entries were not looked at, and stayed NaN; the group is in the warning."""
+    monkeypatch.setattr(stability, "LARGEST_CHECKED_BANK", 0)
+    config = tiny_config(tmp_path, max_num_iterations=4)
+    config.optimizers["grids"] = {"optimizer": NodeAdamOptimizerConfig(lr=1e-2, max_norm=1.0), "scheduler": None}
+    trainer = config.setup()
+    trainer.setup()
+    bank = trainer.pipeline.model["grids_1"]
+    enable_bank_gradient(bank)
+    train = trainer.pipeline.get_train_loss_dict
+
+    def poisoned(step):
+        held = bank_gradient(bank)
+        held.grad[0, 1] = float("nan") if step == 2 else 1.0
+        held.touched[0], held.rows[0] = 1, 1
+        return train(step)
+
+    trainer.pipeline.get_train_loss_dict = poisoned
+    for step in range(4):
+        trainer.train_iteration(step)
+    assert all(torch.isfinite(parameter).all() for parameter in trainer.pipeline.model.values())
+    assert all(torch.isfinite(value).all() for value in trainer.optimizers.optimizers["grids_1"].state[bank].values())
+    said = capsys.readouterr().err
+    assert said.count("are left out") == 1 and trainer._guard.skipped == 1
+    assert "step 2: 1 entries of the gradient of grids_1 are not finite and are left out" in said
+
+
+def test_the_group_of_an_infinite_gradient_is_named(tmp_path, capsys):
+    trainer = tiny_config(tmp_path, max_num_iterations=3).setup()
+    trainer.setup()
+    trainer.pipeline.model["grids_0"].register_hook(lambda gradient: gradient * float("inf"))
+    trainer.train_iteration(0)
+    assert "the loss or a gradient is not finite (grids_0), the step is skipped" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "part, name, value, said",
+    [
+        ("optimizer", "max_norm", -1.0, "--optimizers.grids.optimizer.max-norm -1.0: allowed is above 0"),
+        ("optimizer", "max_norm", 0.0, "max-norm 0.0: allowed is above 0"),
+        ("optimizer", "max_norm", float("nan"), "max-norm nan"),
+        ("optimizer", "lr", float("inf"), "optimizer.lr inf: allowed is above 0 and below 10"),
+        ("optimizer", "lr", "x", "optimizer.lr x: "),
+        ("optimizer", "eps", 0.0, "optimizer.eps 0.0: allowed is above 0"),
+        ("optimizer", "betas", (0.9, 1.0), "optimizer.betas 0.9 1.0: allowed is 0 to below 1"),
+        ("optimizer", "betas", (0.9,), "betas 0.9: "),
+        ("scheduler", "warmup_steps", -1, "--optimizers.grids.scheduler.warmup-steps -1: allowed is a whole number"),
+        ("scheduler", "warmup_steps", 200, "scheduler.max-steps 100: allowed is more than the 200 of warmup-steps"),
+        ("scheduler", "lr_final", 0.0, "scheduler.lr-final 0.0: allowed is above 0"),
+        ("scheduler", "lr_pre_warmup", float("nan"), "scheduler.lr-pre-warmup nan: "),
+    ],
+)
+def test_settings_of_optimizers_that_cannot_work_are_named(tmp_path, part, name, value, said):
+    """Regression: a max_norm of -1 turned descent into ascent."""
+    config = tiny_config(tmp_path)
+    scheduler = DecayToEndSchedulerConfig(lr_final=1e-4, max_steps=100)
+    group = {"optimizer": NodeAdamOptimizerConfig(), "scheduler": scheduler}
+    assert optimizer_problems("grids", group) == []
+    setattr(group[part], name, value)
+    assert any(said in line for line in optimizer_problems("grids", group))
+    config.optimizers = {**config.optimizers, "grids": group}
+    with pytest.raises(InputError):
+        config.setup()
+
+
+@pytest.mark.parametrize("steps", [{"grids": "x"}, {"grids": 0}, {"grids": 1.5}, {"grids": True}, {"grids": None}, 3])
+def test_steps_of_accumulation_are_whole_numbers(tmp_path, steps):
+    """Regression: a bare TypeError."""
+    with pytest.raises(InputError, match="--gradient-accumulation-steps|settings are wrong"):
+        tiny_config(tmp_path, gradient_accumulation_steps=steps).setup()
+    assert accumulation_problems(steps, ["grids"])

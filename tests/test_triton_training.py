@@ -72,6 +72,22 @@ def test_node_adam_is_that_of_the_cpu(page: int, warmup: int, with_triton: None)
         assert torch.allclose(now, expected, rtol=1e-5, atol=1e-7), moment
 
 
+@pytest.mark.parametrize("max_norm", [None, 0.5])
+def test_node_adam_leaves_out_what_is_not_finite_and_clips_the_rest(max_norm: float | None, with_triton: None) -> None:
+    touched, dense = adam_bank(page=200, device=DEVICE), adam_bank(page=200)
+    options = {"lr": 0.03, "eps": 1e-2, "max_norm": max_norm}
+    first, second = NodeAdam([touched], **options), NodeAdam([dense], **options)
+    for gradient in adam_gradients(4, 3, density=0.3, page=200):
+        gradient[2, 5:8] = torch.tensor([float("nan"), float("inf"), -1e30])
+        give(touched, gradient)
+        first.step()
+        dense_step(dense, second, gradient)
+        assert bool(torch.isfinite(touched).all())
+        assert not bool(bank_gradient(touched).grad.any())
+    assert first.left_out() == 9
+    assert torch.allclose(touched.detach().cpu(), dense, rtol=1e-5, atol=1e-6)
+
+
 def test_zero_grad_forgets_a_backward_pass(with_triton: None) -> None:
     bank = adam_bank(page=20_000, device=DEVICE)
     optimizer = NodeAdam([bank], lr=0.03)

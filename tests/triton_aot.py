@@ -37,7 +37,7 @@ from infnerf_ns.pages import PageLayout
 
 NODES = 2
 PRECISIONS = ("ieee", "tf32", "bf16")
-POINTERS = {torch.float32: "*fp32", torch.int64: "*i64", torch.uint8: "*u8"}
+POINTERS = {torch.float32: "*fp32", torch.float64: "*fp64", torch.int64: "*i64", torch.uint8: "*u8"}
 
 
 def run_every_kernel(
@@ -110,7 +110,9 @@ def run_every_kernel(
     bank, held = decoders[0].detach(), bank_gradient(decoders[0])
     state = {"exp_avg": torch.empty_like(bank), "exp_avg_sq": torch.empty_like(bank)}
     state["row_steps"] = torch.zeros(NODES, dtype=torch.int64)
-    under("NodeAdam", lambda: adam_triton.step(bank, held, state, group))
+    factor, left_out = torch.ones(()), torch.zeros((), dtype=torch.int64)
+    under("NodeAdam", lambda: adam_triton.step(bank, held, state, group, factor, left_out))
+    under("NodeAdam", lambda: adam_triton.square(held))
     under("NodeAdam", lambda: adam_triton.clear(held))
 
 

@@ -10,6 +10,7 @@ from infnerf_ns.cli.bench_nodes import Nodes
 from infnerf_ns.cli.bench_quality import Quality
 from infnerf_ns.cli.bench_scaling import Scaling
 from infnerf_ns.cli.bench_speed import Speed
+from infnerf_ns.cli.command import run_command
 
 
 def entrypoint() -> None:
@@ -24,4 +25,4 @@ def entrypoint() -> None:
         "memory": Memory,
         "flyin": Flyin,
     }
-    tyro.extras.subcommand_cli_from_dict(commands).main()
+    run_command(tyro.extras.subcommand_cli_from_dict(commands), measured=False)

@@ -24,13 +24,16 @@ from nerfstudio.cameras.cameras import Cameras
 from rich.progress import track
 from torch import Tensor
 
+from infnerf_ns.camera_paths import read_camera_path
 from infnerf_ns.cli.bench_machine import describe_machine
 from infnerf_ns.cli.bench_output import table_and_plot, write_table
+from infnerf_ns.cli.command import Command
 from infnerf_ns.cli.fly_in_path import between, camera_path, fly_in
 from infnerf_ns.cli.runs import open_run
 from infnerf_ns.errors import InputError
 from infnerf_ns.model import InfNeRFModel
 from infnerf_ns.pipeline import InfNeRFPipeline
+from infnerf_ns.validation import Range, require_valid
 
 _SMALL_STEP = 0.001
 """Of a frame."""
@@ -40,22 +43,22 @@ _MIB = 2**20
 
 
 @dataclass
-class Flyin:
+class Flyin(Command):
     """A flight from orbit height to street level through a packed run: frame time, bytes per frame, jumps."""
 
     run: Annotated[Path, tyro.conf.Positional]
     """Folder of a packed run, or its config.yml."""
-    budget_mib: int = 64
+    budget_mib: Annotated[int, Range(high=1 << 30)] = 64
     """Memory for nodes."""
     photo: int | None = None
     """Train photo that the flight ends at; by default the one with the nearest surroundings."""
-    frames: int | None = None
+    frames: Annotated[int, Range(high=1_000_000)] | None = None
     """Of the flight; by default 60."""
     camera_path: Path | None = None
     """Fly this path (nerfstudio's format) instead, at its own proportions."""
-    width: int = 480
+    width: Annotated[int, Range(high=65_535)] = 480
     """Of a frame, pixels."""
-    height: int | None = None
+    height: Annotated[int, Range(high=65_535)] | None = None
     """Of a frame of the flight, pixels; by default 9 to 16 of the width."""
     output: Path = Path("flyin")
     """Table, plot and camera path (for ns-render camera-path): this name with .csv, .png and .json; the frames are
@@ -63,6 +66,7 @@ class Flyin:
 
     def main(self) -> None:
         """Flies, prints what was found, writes table, plot, path and frames."""
+        require_valid(self)
         self._check()
         pipeline, folder, _ = open_run(self.run)
         model = pipeline.model
@@ -111,12 +115,7 @@ class Flyin:
     def _path(self, pipeline: InfNeRFPipeline) -> Cameras:
         """The cameras of the flight; one that is made here is written down."""
         if self.camera_path is not None:
-            try:
-                path = get_path_from_json(json.loads(self.camera_path.read_text(encoding="utf-8")))
-            except (ValueError, KeyError, TypeError, RuntimeError) as error:
-                raise InputError(
-                    f"--camera-path {self.camera_path}: not a camera path of nerfstudio ({error})"
-                ) from error
+            path = get_path_from_json(read_camera_path(self.camera_path, "--camera-path"))
             if len(path) < 2:
                 raise InputError(f"--camera-path {self.camera_path}: a flight has two cameras or more")
             path.rescale_output_resolution(self.width / float(path.width[0]))

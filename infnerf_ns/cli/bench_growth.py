@@ -11,7 +11,7 @@ import gc
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import torch
 from nerfstudio.data.dataparsers.base_dataparser import DataParserConfig, DataparserOutputs
@@ -25,45 +25,48 @@ from infnerf_ns.cli.bench_district import District, DistrictPixels
 from infnerf_ns.cli.bench_machine import describe_machine
 from infnerf_ns.cli.bench_output import table_and_plot, write_table
 from infnerf_ns.cli.bench_quality import Quality, held_out_psnr, require_preset
+from infnerf_ns.cli.command import Command
 from infnerf_ns.data.capture.parsers import parser_type, read_split
 from infnerf_ns.data.demo_dataparser import InfNeRFDemoDataParserConfig
 from infnerf_ns.errors import InputError
 from infnerf_ns.training.image_pictures import side_by_side
+from infnerf_ns.validation import Range, require_valid
 
 _GROWTH, _CUBE = "pipeline.model.growth.every", "pipeline.model.octree.cube"
 
 
 @dataclass
-class Growth:
+class Growth(Command):
     """PSNR in a district whose points are missing, without growth and with it, and elsewhere."""
 
     data: Path = Path("demo")
     """Capture with SfM points: as for `infnerf-bench quality`."""
-    scale: float = 1.0
+    scale: Annotated[float, Range(0.01, 1)] = 1.0
     """Size of the photos, relative."""
     size: int = 1
     """Blocks per side of the demo town."""
-    district: tuple[float, float, float, float] = (0.5, 0.5, 1.0, 1.0)
+    district: Annotated[tuple[float, float, float, float], Range(0, 1)] = (0.5, 0.5, 1.0, 1.0)
     """Least x, least y, largest x, largest y in the root cube of all points, 0 to 1, seen from above: a quarter, for
     which the root then has no children. All trainings have that cube."""
     preset: str = "infnerf-small:pipeline.model.octree.node_resolution=64:pipeline.model.field.log2_table_size=14"
     """Preset that is trained, with settings behind colons as for `infnerf-bench quality`: nodes so small that a capture
     of some minutes needs many of them, as a large one does of large ones."""
-    every: int = 500
+    every: Annotated[int, Range(high=10_000_000)] = 500
     """Steps between two rounds of growth, the first of which is after `growth.start-step`."""
-    minutes: tuple[float, ...] = (1.0, 2.0, 4.0, 8.0)
+    minutes: Annotated[tuple[float, ...], Range(0.001, 100_000)] = (1.0, 2.0, 4.0, 8.0)
     """When the held-out photos are measured; the last is the length of each training."""
     clock: Literal["wall", "cpu"] = "wall"
     """As for `infnerf-bench quality`."""
-    pixels: int = 1024
+    pixels: Annotated[int, Range(1, 1 << 24)] = 1024
     """Held-out pixels per photo and pyramid level, in the district and elsewhere each."""
-    seed: int = 42
+    seed: Annotated[int, Range(0, 2**32 - 1)] = 42
     """Of the trainings and of the pixels."""
     output: Path = Path("growth")
     """Table, plot and held-out photos beside their renders: this name with .csv, .png and -photos.png."""
 
     def main(self) -> None:
         """Trains, measures, prints a table, writes it, a plot and a picture of renders."""
+        require_valid(self)
         print(describe_machine())
         require_preset(self.preset)
         if self.every < 1:

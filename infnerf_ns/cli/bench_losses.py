@@ -11,7 +11,7 @@ import gc
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
 import numpy as np
 import yaml
@@ -20,7 +20,9 @@ from rich.table import Table
 
 from infnerf_ns.cli.bench_output import table_and_plot, write_table
 from infnerf_ns.cli.bench_quality import Quality, require_preset, result_line
+from infnerf_ns.cli.command import Command
 from infnerf_ns.errors import InputError
+from infnerf_ns.validation import Range, require_valid
 
 _LOSSES = "pipeline.model.losses."
 _PATCHES = {"pipeline.datamanager.patch_size": 16, "pipeline.datamanager.patch_share": 0.25}
@@ -50,7 +52,7 @@ _NEED_DEPTH = ("depth", "depth_gradient")
 
 
 @dataclass
-class Losses:
+class Losses(Command):
     """What each loss is worth: a training per loss, held-out PSNR per pyramid level against that without it."""
 
     data: Path
@@ -60,13 +62,13 @@ class Losses:
     rows: tuple[str, ...] = ()
     """Rows of the table (names of losses, `without ...`, `charbonnier`, `balance`); by default all that the capture
     allows. Those that they are compared with come by themselves."""
-    minutes: float = 3.0
+    minutes: Annotated[float, Range(0.001, 100_000)] = 3.0
     """Length of each training."""
     clock: Literal["wall", "cpu"] = "wall"
     """As for `infnerf-bench quality`."""
-    pixels: int = 2048
+    pixels: Annotated[int, Range(1, 1 << 24)] = 2048
     """Held-out pixels per photo and pyramid level."""
-    seeds: tuple[int, ...] = (42, 43)
+    seeds: Annotated[tuple[int, ...], Range(0, 2**32 - 1)] = (42, 43)
     """Every row is trained once with each; the table's last column is the standard deviation between them. One row
     after the other with the first, then with the next: the table is written after each training, so it is of use
     before the last one ends."""
@@ -75,6 +77,7 @@ class Losses:
 
     def main(self) -> None:
         """Trains, measures, writes and prints the table."""
+        require_valid(self)
         require_preset(self.preset)
         unknown = [name for name in self.rows if name not in ROWS]
         if unknown:

@@ -20,6 +20,7 @@ from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Annotated
 
 import numpy as np
 import psutil
@@ -38,17 +39,19 @@ from infnerf_ns.cli.bench_town import Town, TownRays, survey_town
 from infnerf_ns.cli.bench_trainer import StepTrainer
 from infnerf_ns.cli.bench_training import depth_loss, peak_bytes
 from infnerf_ns.cli.bench_views import VIEWS, TownViews, view_camera
+from infnerf_ns.cli.command import Command
 from infnerf_ns.data.demo_dataparser import MAX_SIZE
 from infnerf_ns.data.sfm import SfMScene
 from infnerf_ns.errors import InputError
 from infnerf_ns.model import InfNeRFModel, InfNeRFModelConfig
 from infnerf_ns.presets import load_preset
 from infnerf_ns.rendering import BLEND_SHARPENING
+from infnerf_ns.state_validation import octree_from_state
 from infnerf_ns.streaming.node_cache import BUDGET_VARIABLE
 from infnerf_ns.streaming.packing import small_state, write_pages
 from infnerf_ns.streaming.page_files import PAGES
 from infnerf_ns.streaming.views import FrameReport
-from infnerf_ns.tree_state import octree_from_state
+from infnerf_ns.validation import Range, require_valid
 
 _MIB = 2**20
 _STATE = "small.pt"
@@ -57,26 +60,26 @@ _LAST_RATE = 0.02
 
 
 @dataclass
-class Memory:
+class Memory(Command):
     """Memory of a view while the demo town grows: nodes and bytes that a street view, a view from a roof and one from
     far above need of a packed model."""
 
     sizes: tuple[int, ...] = (1, 2, 4, 8)
     """Blocks per side of the towns."""
-    steps: int = 2000
+    steps: Annotated[int, Range(high=10_000_000)] = 2000
     """Training steps of a town of one block; the others take this many times their blocks per side."""
-    rays: int = 1024
+    rays: Annotated[int, Range(high=1 << 20)] = 1024
     """Rays per step."""
-    width: int = 960
+    width: Annotated[int, Range(high=65_535)] = 960
     """Of the views, in pixels."""
-    height: int = 540
+    height: Annotated[int, Range(high=65_535)] = 540
     """Of the views, in pixels."""
     preset: str = "infnerf-big"
     """A preset, or a YAML file."""
     log2_table_size: int = 16
     """Most entries of a hash level of grids and proposals, as a power of two. With 17, as in the preset, pages are
     twice as large, and a town of 8 x 8 blocks does not fit into 24 GB while it is trained."""
-    seed: int = 0
+    seed: Annotated[int, Range(high=2**32 - 1)] = 0
     """Of the towns."""
     output: Path = Path("memory")
     """Table, plot and pictures: this name with .csv, .png and _views.png."""
@@ -84,6 +87,7 @@ class Memory:
     def main(self) -> None:
         """Builds, trains and packs the towns, renders the views, prints a table and writes it, a plot and pictures."""
         self._check()
+        require_valid(self)
         print(describe_machine())
         print(
             f"{self.preset}, tables of 2^{self.log2_table_size}, {self.steps} steps of {self.rays} rays per block of a"

@@ -9,33 +9,37 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from time import perf_counter
+from typing import Annotated
 
 import numpy as np
 from rich.progress import track
 
 from infnerf_ns.cli.bench_machine import describe_machine
 from infnerf_ns.cli.bench_trainer import full_tree, random_rays
+from infnerf_ns.cli.command import Command
+from infnerf_ns.validation import Range, require_valid
 
 _NEVER = 10**9
 """Steps between two rounds: statistics are gathered, the tree stays."""
 
 
 @dataclass
-class Nodes:
+class Nodes(Command):
     """Time of a training step against the number of nodes in the tree, and of the statistics of a growing tree."""
 
-    levels: tuple[int, ...] = (1, 2)
+    levels: Annotated[tuple[int, ...], Range(0, 4)] = (1, 2)
     """Trees full to these levels: 1 has 9 nodes, 2 has 73, 3 has 585."""
-    rays: int = 1024
+    rays: Annotated[int, Range(1, 1 << 20)] = 1024
     """Rays per step."""
-    steps: int = 40
+    steps: Annotated[int, Range(1, 10_000_000)] = 40
     """Timed steps per tree."""
-    warm_up: int = 10
+    warm_up: Annotated[int, Range(0, 10_000_000)] = 10
     """Untimed steps before."""
 
     def main(self) -> None:
         """Prints a row per tree: nodes, median step time and its spread, ratio to the first tree, and what the
         statistics add (median over the steps of the ratio of two steps in a row)."""
+        require_valid(self)
         trainers = [full_tree(level) for level in self.levels]
         times: list[list[float]] = [[] for _ in trainers]
         ratios: list[list[float]] = [[] for _ in trainers]

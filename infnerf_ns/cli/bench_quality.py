@@ -9,6 +9,7 @@ nerfacto keeps its own schedule.
 from __future__ import annotations
 
 import copy
+import math
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -37,13 +38,14 @@ from torch import Tensor
 
 from infnerf_ns.cli.bench_machine import describe_machine
 from infnerf_ns.cli.bench_output import table_and_plot, write_table
+from infnerf_ns.cli.command import Command
 from infnerf_ns.data.demo_dataparser import InfNeRFDemoDataParserConfig
 from infnerf_ns.data.pyramid import downsample_mask, level_mean, level_name, num_levels
 from infnerf_ns.data.pyramid_rays import level_camera
 from infnerf_ns.errors import InputError
 from infnerf_ns.model import InfNeRFModel
 from infnerf_ns.presets import load_preset, preset_names
-from infnerf_ns.validation import apply_yaml, validate_config
+from infnerf_ns.validation import Range, apply_yaml, validate_config
 
 PYRAMID_LEVELS = 5
 _ROOT_ALONE = "infnerf:pipeline.model.octree.max_level=0"
@@ -57,7 +59,7 @@ _LR_FINAL = 0.03
 
 
 @dataclass
-class Quality:
+class Quality(Command):
     """Minutes of training against held-out PSNR per pyramid level, for several methods."""
 
     data: Path
@@ -110,8 +112,13 @@ class Quality:
         Raises:
             InputError: an option is wrong.
         """
-        if not self.minutes or min(self.minutes) <= 0 or list(self.minutes) != sorted(self.minutes):
+        finite = all(0 < minutes < math.inf for minutes in self.minutes)
+        if not self.minutes or not finite or list(self.minutes) != sorted(self.minutes):
             raise InputError(f"--minutes {self.minutes}: give rising numbers above 0")
+        limits = {"scale": Range(0.01, 1), "pixels": Range(1, 1 << 24), "seed": Range(0, 2**32 - 1)}
+        for name, allowed in limits.items():
+            if not allowed.allows(getattr(self, name)):
+                raise InputError(f"--{name} {getattr(self, name)}: allowed is {allowed}")
         if not self.methods:
             raise InputError("--methods: name at least one")
         return {method: self._config(method) for method in self.methods}

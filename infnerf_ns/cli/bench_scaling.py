@@ -20,6 +20,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Annotated
 
 import numpy as np
 import psutil
@@ -31,12 +32,14 @@ from infnerf_ns.cli.bench_machine import describe_machine
 from infnerf_ns.cli.bench_output import table_and_plot, write_table
 from infnerf_ns.cli.bench_town import Town, survey_town
 from infnerf_ns.cli.bench_training import Training, TrainingProcess, in_process
+from infnerf_ns.cli.command import Command
 from infnerf_ns.data.demo_dataparser import MAX_SIZE
 from infnerf_ns.errors import InputError
 from infnerf_ns.pages import PageLayout
 from infnerf_ns.presets import load_preset
 from infnerf_ns.training.trainer import InfNeRFTrainerConfig
 from infnerf_ns.tree_building import build_tree
+from infnerf_ns.validation import Range, require_valid
 
 _TURN = 32
 """Steps per turn: one round of all schedules."""
@@ -46,20 +49,20 @@ _MIB = 2**20
 
 
 @dataclass
-class Scaling:
+class Scaling(Command):
     """Step time, memory and nodes while the demo town grows."""
 
     sizes: tuple[int, ...] = (1, 2, 4, 8)
     """Blocks per side of the towns; the first is what the others are compared with."""
-    rays: int = 1024
+    rays: Annotated[int, Range(high=1 << 20)] = 1024
     """Rays per step, the same for all towns."""
-    steps: int = 320
+    steps: Annotated[int, Range(high=10_000_000)] = 320
     """Timed steps per town, in turns of at most 32."""
-    warm_up: int = 450
+    warm_up: Annotated[int, Range(high=10_000_000)] = 450
     """Untimed steps before, in which the levels start and the samples are taught where the surfaces are."""
     preset: str = "infnerf-big"
     """A preset, or a YAML file. The tree of a large town is deep: infnerf-big alone allows for 8 levels."""
-    seed: int = 0
+    seed: Annotated[int, Range(0, 2**32 - 1)] = 0
     """Of the towns."""
     output: Path = Path("scaling")
     """Table and plot: this name with .csv and .png."""
@@ -67,6 +70,7 @@ class Scaling:
     def main(self) -> None:
         """Builds the towns, trains in each, prints two tables, writes them and a plot."""
         self._check()
+        require_valid(self)
         config = load_preset(self.preset, "cpu")
         print(describe_machine())
         print(f"{self.preset}, {self.rays} rays per step, {self.steps} steps after {self.warm_up}", flush=True)

@@ -13,6 +13,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from time import perf_counter
+from typing import Annotated
 
 import numba as nb
 import numpy as np
@@ -20,6 +21,7 @@ import torch
 
 from infnerf_ns.cli.bench_machine import describe_machine
 from infnerf_ns.cli.bench_trainer import StepTrainer, full_tree, random_rays
+from infnerf_ns.cli.command import Command
 from infnerf_ns.field import FieldConfig
 from infnerf_ns.kernels import (
     Groups,
@@ -35,20 +37,22 @@ from infnerf_ns.kernels.corners_numba import AHEAD, CHUNK, prefetch
 from infnerf_ns.octree import Octree, RootCube, build_octree
 from infnerf_ns.pages import PageLayout
 from infnerf_ns.sampler import SamplerConfig
+from infnerf_ns.validation import Range, require_valid
 
 
 @dataclass
-class Speed:
+class Speed(Command):
     """Rays per second of training and rendering; samples per second of the CPU kernels, and their share of the
     machine's matrix product and memory access."""
 
-    rays: int = 1024
+    rays: Annotated[int, Range(1, 1 << 20)] = 1024
     """Rays per step."""
-    repeats: int = 20
+    repeats: Annotated[int, Range(1, 1_000_000)] = 20
     """Runs of each kernel; the median counts."""
 
     def main(self) -> None:
         """Prints a row for training, rendering and each kernel."""
+        require_valid(self)
         torch.manual_seed(0)
         trainer = full_tree(1)
         print(describe_machine())

@@ -20,12 +20,13 @@ from torch import Tensor
 from infnerf_ns.data.demo_dataparser import METRES_PER_UNIT, InfNeRFDemoDataParserConfig, scene_outputs
 from infnerf_ns.data.demo_scene import DemoScene, DemoSceneOptions
 from infnerf_ns.data.demo_scene.photographer import Lens, Photographer
-from infnerf_ns.data.demo_scene.survey import Survey, threads
+from infnerf_ns.data.demo_scene.survey import Survey
 from infnerf_ns.data.photo_order import neighbour_order
 from infnerf_ns.data.pyramid import PixelDraw, PixelPyramid
 from infnerf_ns.data.pyramid_datamanager import PyramidDataManagerConfig
 from infnerf_ns.data.pyramid_rays import PyramidRays
 from infnerf_ns.data.sfm import SfMScene, build_sfm_scene
+from infnerf_ns.data.thread_pool import threads
 from infnerf_ns.near_plane import near_planes
 
 _SAMPLES_PER_SIDE = 2

@@ -17,7 +17,7 @@ from infnerf_ns.data.sfm import SfMScene
 from infnerf_ns.model import InfNeRFModel, InfNeRFModelConfig
 from infnerf_ns.training.level_groups import expand_optimizers
 from infnerf_ns.training.optimizer import NodeAdam
-from infnerf_ns.training.stability import gradients_finite
+from infnerf_ns.training.stability import groups_not_finite
 
 Loss: TypeAlias = Callable[[dict[str, Any], dict[str, Tensor]], Tensor]
 
@@ -62,7 +62,7 @@ class StepTrainer:
             extra_loss: of the model's outputs and the batch, added to the model's own.
         """
         self.backward(step, rays, batch, extra_loss)
-        if not gradients_finite(self.model.parameters()):
+        if groups_not_finite({"": self.model.parameters()}):
             raise ValueError(f"step {step}: a gradient is not finite")
         for optimizer in self.optimizers:
             optimizer.step()

@@ -7,6 +7,7 @@ uses (``--photo``) is found by rendering it, which needs the data, too.
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +19,7 @@ from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
+from infnerf_ns.cli.command import Command, run_command
 from infnerf_ns.cli.inspect_plot import plot_tree
 from infnerf_ns.cli.inspect_tree import PageCheck, StoredTree, check_pages, read_tree
 from infnerf_ns.cli.inspect_view import View, load_model, look, path_cameras
@@ -29,7 +31,7 @@ _UNITS = ((2**30, "GiB"), (2**20, "MiB"), (2**10, "KiB"))
 
 
 @dataclass
-class Inspect:
+class Inspect(Command):
     """The octree of a trained run: nodes, GSD, bytes and training samples of each level, and what views use of it."""
 
     run: Annotated[Path, tyro.conf.Positional]
@@ -57,7 +59,7 @@ class Inspect:
         check = None
         if tree.pages is not None:
             check = check_pages(tree.pages, tree.octree, _reading_bar if self.verify else None)
-        console = Console(width=120)
+        console = Console() if sys.stdout.isatty() else Console(width=120)
         print_tree(tree, check, self.verify, console)
         views = list(self._views(tree, console))
         if self.plot is not None:
@@ -217,4 +219,4 @@ def _size(count: int) -> str:
 def entrypoint() -> None:
     """The console script."""
     allow_numpy_scalars()
-    tyro.cli(Inspect).main()
+    run_command(tyro.cli(Inspect))

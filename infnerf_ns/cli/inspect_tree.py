@@ -11,15 +11,13 @@ from jaxtyping import Bool, Int
 from torch import Tensor
 
 from infnerf_ns.cli.runs import load_run_config, newest_checkpoint
-from infnerf_ns.errors import InputError
 from infnerf_ns.octree import Octree
 from infnerf_ns.pages import PageLayout
+from infnerf_ns.state_validation import require_model_state
 from infnerf_ns.streaming.packing import CHECKSUMS
 from infnerf_ns.streaming.page_files import PAGES, PageError, PageFiles
+from infnerf_ns.training import checkpoints
 from infnerf_ns.training.trainer import InfNeRFTrainerConfig
-from infnerf_ns.tree_state import octree_from_state
-
-_MODEL = "_model."
 
 
 @dataclass
@@ -68,11 +66,11 @@ def read_tree(run: Path) -> StoredTree:
     """
     config, folder = load_run_config(run)
     state, path = newest_checkpoint(folder / config.relative_model_dir)
-    model = {name.removeprefix(_MODEL): value for name, value in state["pipeline"].items() if name.startswith(_MODEL)}
-    if "field.tree_level" not in model:
-        raise InputError(f"{path} holds no octree: it was not written by infnerf")
-    octree = octree_from_state(model, "field.")
-    layout = PageLayout(config.pipeline.model.field, octree.node_resolution, config.pipeline.model.octree.max_level)
+    model = checkpoints.model_state(state)
+    settings = config.pipeline.model
+    sizes = settings.field, settings.octree.node_resolution, settings.octree.max_level
+    octree = require_model_state(model, *sizes, source=str(path))
+    layout = PageLayout(*sizes)
     samples = model.get("field.node_samples")
     counted = samples is not None and bool(samples.any())  # runs of earlier versions get zeros when they are loaded
     return StoredTree(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -16,8 +15,8 @@ from nerfstudio.cameras.cameras import Cameras
 from nerfstudio.cameras.rays import RayBundle
 from torch import Tensor
 
+from infnerf_ns.camera_paths import read_camera_path
 from infnerf_ns.cli.runs import open_run
-from infnerf_ns.errors import InputError
 from infnerf_ns.model import InfNeRFModel
 from infnerf_ns.octree import Octree
 from infnerf_ns.ray_nodes import Evaluated
@@ -65,12 +64,9 @@ def path_cameras(path: Path) -> Cameras:
     """The cameras of a camera path, as the viewer exports it.
 
     Raises:
-        InputError: the file cannot be read as one.
+        InputError: see `read_camera_path`.
     """
-    try:
-        return get_path_from_json(json.loads(path.read_text(encoding="utf-8")))
-    except (OSError, ValueError, KeyError, TypeError, RuntimeError) as error:
-        raise InputError(f"--camera-path {path}: cannot be read as a camera path of nerfstudio ({error!r})") from error
+    return get_path_from_json(read_camera_path(path, "--camera-path"))
 
 
 @torch.no_grad()

@@ -16,6 +16,7 @@ import numpy as np
 import tyro
 from jaxtyping import Float
 
+from infnerf_ns.cli.command import Command, run_command
 from infnerf_ns.cli.ortho_map import Map
 from infnerf_ns.cli.ortho_render import TileRenderer, content_box
 from infnerf_ns.cli.ortho_tiles import TileFolder
@@ -28,12 +29,16 @@ from infnerf_ns.model import InfNeRFModel
 from infnerf_ns.validation import Range, enforce, validate_config, warn
 
 _LONGER_SIDE = 2048
+_WIDEST = 1_000_000
+"""A map's extent over the scene's: beyond it, float32 knows no pixels any more."""
+_MOST_PIXELS = 2**40
+"""Of a map: millions of tiles."""
 _LARGE_PNG = 100_000_000
 """Pixels; many viewers refuse a larger PNG, and it has no overviews."""
 
 
 @dataclass
-class Ortho:
+class Ortho(Command):
     """A true orthophoto of a trained run, packed or not, as GeoTIFF or PNG, and its heights.
 
     Coordinates are those of the capture, in its unit (metres where it is georeferenced), with x east, y north and z up.
@@ -58,7 +63,7 @@ class Ortho:
     """Height at which the rays end; by default well below the lowest SfM points."""
     crs: Optional[str] = None
     """Coordinate reference system of a georeferenced capture, for instance EPSG:32614."""
-    origin: tuple[float, float] = (0.0, 0.0)
+    origin: Annotated[tuple[float, float], Range(-1e10, 1e10)] = (0.0, 0.0)
     """Added to x and y; OpenDroneMap writes it into the second line of odm_georeferencing/coords.txt."""
     up: Literal["auto", "capture", "tree"] = "auto"
     """What is up: the capture's z axis or the octree's (the short axis of the scene); auto: the capture's, if it is
@@ -156,6 +161,20 @@ class Ortho:
                 f"--bounds {' '.join(map(str, bounds))}: the scene lies elsewhere, between"
                 f" {' '.join(f'{edge:.6g}' for edge in content)}"
             )
+        wide, deep = east - west, north - south
+        if max(wide, deep) > _WIDEST * max(content[2] - content[0], content[3] - content[1]):
+            raise InputError(
+                f"--bounds {' '.join(map(str, bounds))}: that is more than {_WIDEST:,} times as wide as the scene"
+            )
+        if self.gsd is not None and self.gsd > max(wide, deep):
+            raise InputError(f"--gsd {self.gsd:g}: one pixel would be larger than the map, {wide:.6g} x {deep:.6g}")
+        side = self.gsd or (wide / self.width if self.width is not None else max(wide, deep) / _LONGER_SIDE)
+        if not (wide / side) * (deep / side) <= _MOST_PIXELS:
+            flag = f"--gsd {self.gsd:g}" if self.gsd is not None else f"--width {self.width}"
+            raise InputError(
+                f"{flag}: the map would have {wide / side:.3g} x {deep / side:.3g} pixels, which is too many;"
+                " make the pixels larger, or the map smaller with --bounds"
+            )
         if self.gsd is not None:
             return RasterGrid.covering(bounds, self.gsd, snapped=self.bounds is None)
         if self.width is not None:
@@ -171,6 +190,11 @@ class Ortho:
         # what structure from motion has found in it.
         top = float(high[2]) + 0.2 * extent if self.top is None else self.top
         bottom = float(low[2]) - 2 * extent if self.bottom is None else self.bottom
+        for flag, height in (("top", top), ("bottom", bottom)):
+            if abs(height - float(low[2])) > _WIDEST * extent:
+                raise InputError(
+                    f"--{flag} {height:g}: that is far from the scene, whose heights are {low[2]:.6g} to {high[2]:.6g}"
+                )
         if not bottom < top:
             raise InputError(
                 f"--top {top:g} is not above --bottom {bottom:g}: the scene's heights are {low[2]:.6g} to {high[2]:.6g}"
@@ -194,4 +218,4 @@ def _say_frame(frame: MapFrame, grid: RasterGrid, model: InfNeRFModel) -> None:
 
 def entrypoint() -> None:
     """The console script."""
-    tyro.cli(Ortho).main()
+    run_command(tyro.cli(Ortho))

@@ -15,6 +15,7 @@ from infnerf_ns.cli.ortho_tiles import Tile, TileFolder
 from infnerf_ns.cli.raster_files import Content, raster_writer, world_file
 from infnerf_ns.cli.raster_grid import RasterGrid, Window
 from infnerf_ns.errors import InputError
+from infnerf_ns.training.stopping import kept
 
 _BYTES = {"rgb": 4, "height": 4}
 """Per pixel."""
@@ -57,12 +58,12 @@ class Map:
             anew: kept tiles of other settings are thrown away.
 
         Raises:
-            InputError: something cannot be written, or it was stopped; finished tiles are kept.
+            InputError: something cannot be written; finished tiles are kept.
         """
         try:
             self._require_space(tiles)
             tiles.begin(anew=anew)
-            with _progress() as progress:
+            with kept("finished tiles are kept, the same command goes on with them"), _progress() as progress:
                 self._render(source, tiles, progress)
                 self._write_all(tiles, progress)
         except OSError as error:
@@ -70,8 +71,6 @@ class Map:
                 f"{error.filename or tiles.path.parent} cannot be written ({error.strerror or error}): make room, or"
                 " choose another folder; finished tiles are kept, the same command goes on with them"
             ) from error
-        except KeyboardInterrupt:
-            raise InputError("stopped; finished tiles are kept, the same command goes on with them") from None
         tiles.remove()
 
     def _require_space(self, tiles: TileFolder) -> None:

@@ -22,17 +22,19 @@ import yaml
 from rich.progress import track
 
 from infnerf_ns.cli.runs import load_run_config, newest_checkpoint, place_config
+from infnerf_ns.data.capture.record import RECORD
 from infnerf_ns.errors import InputError
+from infnerf_ns.map_frame import TRANSFORMS
 from infnerf_ns.octree import Octree
 from infnerf_ns.pages import PageLayout
+from infnerf_ns.state_validation import require_model_state
 from infnerf_ns.streaming.packing import CHECKSUMS, Track, small_state, write_pages
 from infnerf_ns.streaming.page_files import PAGES
 from infnerf_ns.torch_compat import allow_numpy_scalars
 from infnerf_ns.training import checkpoints
-from infnerf_ns.tree_state import octree_from_state
+from infnerf_ns.training.stopping import kept
 from infnerf_ns.validation import warn
 
-_MODEL = "_model."
 _SUFFIX = "-packed"
 
 
@@ -53,7 +55,8 @@ class Pack:
         def bar(nodes: Iterable[int]) -> Iterable[int]:
             return track(nodes, "Writing pages", transient=True)
 
-        packed = pack_run(self.run, half=self.half, overwrite=self.overwrite, progress=bar)
+        with kept("the run is as it was"):
+            packed = pack_run(self.run, half=self.half, overwrite=self.overwrite, progress=bar)
         rounded = f", rounded by at most {packed.rounding:.1e} of a page's norm" if self.half else ""
         print(
             f"infnerf: packed {packed.octree.num_nodes} nodes: {packed.page_bytes / 2**20:.1f} MiB of pages{rounded}"
@@ -96,17 +99,19 @@ def pack_run(run: Path, *, half: bool, overwrite: bool, progress: Track) -> Pack
     if target.exists() and not overwrite:
         raise InputError(f"{target} is there already: look at it with ns-viewer, or give --overwrite")
     state, path = newest_checkpoint(folder / config.relative_model_dir)
-    model = {name.removeprefix(_MODEL): value for name, value in state["pipeline"].items() if name.startswith(_MODEL)}
+    model = checkpoints.model_state(state)
     if CHECKSUMS in model:
         raise InputError(f"{path} is packed already; pack the run that it was made from")
-    octree = octree_from_state(model, "field.")
+    settings = config.pipeline.model
+    sizes = settings.field, settings.octree.node_resolution, settings.octree.max_level
+    octree = require_model_state(model, *sizes, source=str(path))
     young = int((model.get("field.maturity", torch.ones(1)) < 1).sum())
     if young:
         warn(
             f"{path}: {young} nodes have not taken over from their parents yet; a packed run shows them as if they had:"
             " train on and pack a later checkpoint"
         )
-    layout = PageLayout(config.pipeline.model.field, octree.node_resolution, config.pipeline.model.octree.max_level)
+    layout = PageLayout(*sizes)
     work = folder.with_name(f".{target.name}.unfinished")
     try:
         shutil.rmtree(work, ignore_errors=True)  # of a packing that was killed
@@ -114,14 +119,12 @@ def pack_run(run: Path, *, half: bool, overwrite: bool, progress: Track) -> Pack
         work.mkdir()
         checksums, rounding = write_pages(model, octree, layout, work / PAGES, half, progress)
         small = small_state(model, octree, layout, checksums)
+        others = {name: value for name, value in state["pipeline"].items() if not name.startswith(checkpoints.MODEL)}
         checkpoint = checkpoints.checkpoint_path(work / config.relative_model_dir, state["step"])
         failure = checkpoints.write_checkpoint(
             {
                 "step": state["step"],
-                "pipeline": {
-                    **{name: value for name, value in state["pipeline"].items() if not name.startswith(_MODEL)},
-                    **{_MODEL + name: value for name, value in small.items()},
-                },
+                "pipeline": {**others, **{checkpoints.MODEL + name: value for name, value in small.items()}},
                 "optimizers": {},
             },
             checkpoint,
@@ -132,9 +135,9 @@ def pack_run(run: Path, *, half: bool, overwrite: bool, progress: Track) -> Pack
         config.timestamp += _SUFFIX
         place_config(config, target)
         (work / "config.yml").write_text(yaml.dump(config), encoding="utf-8")
-        transforms = folder / "dataparser_transforms.json"
-        if transforms.exists():
-            shutil.copy(transforms, work)
+        for kept in (TRANSFORMS, RECORD):
+            if (folder / kept).exists():
+                shutil.copy(folder / kept, work)
         sizes = sum(file.stat().st_size for file in (work / PAGES).rglob("*.safetensors")), checkpoint.stat().st_size
         _put_in_place(work, target)
     except OSError as error:

@@ -7,36 +7,42 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Annotated
 
 import cv2
 import numpy as np
 import torch
 import tyro
 
+from infnerf_ns.cli.command import Command, run_command
 from infnerf_ns.cli.runs import open_run
 from infnerf_ns.errors import InputError
 from infnerf_ns.pipeline import InfNeRFPipeline
+from infnerf_ns.validation import Range, require_valid
 
 _SUFFIXES = (".png", ".jpg")
 
 
 @dataclass
-class Picture:
+class Picture(Command):
     """Held-out photos, renders, octree levels, depth and normals of a trained run, side by side."""
 
     load_config: Path
     """config.yml of the run."""
     output: Path
     """Picture to write, .png or .jpg."""
-    photos: tuple[int, ...] = (0,)
+    photos: Annotated[tuple[int, ...], Range(0)] = (0,)
     """Numbers of the held-out photos, one row each."""
-    level: int = 0
+    level: Annotated[int, Range(0, 30)] = 0
     """Pyramid level to show: 0 full size, 1 half ..."""
-    width: int = 1500
+    width: Annotated[int, Range(1, 65_535)] = 1500
     """Largest width of the picture in pixels."""
 
     def main(self) -> None:
         """Renders and writes the picture."""
+        require_valid(self)
+        if not self.photos:
+            raise InputError("--photos: give the number of at least one held-out photo")
         if not self.load_config.is_file():
             raise InputError(f"--load-config {self.load_config}: there is no such file; give a run's config.yml")
         if self.output.suffix.lower() not in _SUFFIXES:
@@ -72,4 +78,4 @@ class Picture:
 
 def entrypoint() -> None:
     """The console script."""
-    tyro.cli(Picture).main()
+    run_command(tyro.cli(Picture))

@@ -5,12 +5,12 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
-import yaml
-from nerfstudio.engine.trainer import TrainerConfig
-from nerfstudio.utils.eval_utils import eval_setup
+import torch
+from nerfstudio.utils.eval_utils import eval_load_checkpoint
 
 from infnerf_ns.errors import InputError
 from infnerf_ns.pipeline import InfNeRFPipeline
+from infnerf_ns.run_config import read_run_config
 from infnerf_ns.training import checkpoints
 from infnerf_ns.training.trainer import InfNeRFTrainerConfig
 
@@ -28,13 +28,7 @@ def load_run_config(run: Path) -> tuple[InfNeRFTrainerConfig, Path]:
     path = run / "config.yml" if run.is_dir() else run
     if not path.is_file():
         raise InputError(f"{run}: there is no config.yml; give the folder that ns-train printed at its end")
-    try:
-        config = yaml.load(path.read_text(encoding="utf-8"), Loader=yaml.Loader)
-    except (yaml.YAMLError, OSError, UnicodeDecodeError, ImportError, AttributeError) as error:
-        raise InputError(f"{path}: cannot be read as the configuration of a run ({error})") from error
-    if not isinstance(config, InfNeRFTrainerConfig):
-        raise InputError(f"{path}: this is not a run of infnerf")
-    return config, path.parent
+    return read_run_config(path), path.parent
 
 
 class OpenRun(NamedTuple):
@@ -59,32 +53,30 @@ def open_run(run: Path, test_mode: Literal["test", "val", "inference"] = "test")
     Raises:
         InputError: there is none, it is not of this package, or its data are not where its configuration says.
     """
-    _, folder = load_run_config(run)
-
-    def at_home(config: TrainerConfig) -> TrainerConfig:
-        place_config(config, folder)
-        return config
-
-    _, pipeline, checkpoint, _ = eval_setup(folder / "config.yml", test_mode=test_mode, update_config_callback=at_home)
+    config, folder = load_run_config(run)
+    place_config(config, folder)
+    # What nerfstudio's eval_setup does with a configuration, which it would read without any care.
+    config.load_dir = config.get_checkpoint_dir()
+    if not checkpoints.list_checkpoints(config.load_dir):
+        raise InputError(f"{config.load_dir}: there is no checkpoint (step-*.ckpt); copy the whole folder of the run")
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    pipeline = config.pipeline.setup(device=device, test_mode=test_mode)
     assert isinstance(pipeline, InfNeRFPipeline)
+    pipeline.eval()
+    checkpoint, _ = eval_load_checkpoint(config, pipeline)
     return OpenRun(pipeline, folder, checkpoint)
 
 
-def place_config(config: TrainerConfig, folder: Path) -> None:
+def place_config(config: InfNeRFTrainerConfig, folder: Path) -> None:
     """Makes the configuration's run folder this one, if it is another.
 
     Args:
         config: of a run.
         folder: absolute.
-
-    Raises:
-        InputError: the folder is not three deep, as a configuration says it.
     """
+    config.run_folder = None
     if config.get_base_dir().resolve() != folder:
-        if len(folder.parents) < 3:
-            raise InputError(f"{folder}: put the run into a folder such as outputs/SCENE/infnerf/DATE_TIME")
-        config.output_dir, config.experiment_name = folder.parents[2], folder.parents[1].name
-        config.method_name, config.timestamp = folder.parent.name, folder.name
+        config.run_folder = folder
 
 
 def newest_checkpoint(folder: Path) -> tuple[dict[str, Any], Path]:

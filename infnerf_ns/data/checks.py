@@ -6,6 +6,7 @@ dataparser made of the capture. Decoding the photos, the last check, is what loa
 
 from __future__ import annotations
 
+import re
 from json import JSONDecodeError
 from pathlib import Path
 
@@ -13,8 +14,10 @@ import numpy as np
 import torch
 from jaxtyping import Float
 from nerfstudio.data.dataparsers.base_dataparser import DataParserConfig, DataparserOutputs
-from PIL import Image
+from PIL import UnidentifiedImageError
 
+from infnerf_ns.data.capture.photos import unreadable
+from infnerf_ns.data.capture.reading import check_sizes
 from infnerf_ns.errors import InputError
 
 MIN_TRAIN_PHOTOS = 2
@@ -22,8 +25,6 @@ ROTATION_TOLERANCE = 1e-3
 """Largest entry of ``R^T R - I`` that still counts as a rotation."""
 ONE_PLACE = 1e-12
 """Spread of cameras over their distance from the origin that is rounding alone."""
-SIZE_TOLERANCE = 1
-"""Pixels by which a photo may differ from its camera (downscaled copies are rounded in different ways)."""
 
 
 def check_pose(pose: Float[np.ndarray, "3 4"], name: str, source: str) -> None:
@@ -80,6 +81,8 @@ def explain(error: Exception, config: DataParserConfig) -> InputError:
             f"{parser} asks a question about {data} and there is no terminal to answer it: prepare the downscaled "
             "photos (images_2, images_4, ...) or give --downscale-factor 1 after the dataparser's name"
         )
+    if isinstance(error, UnidentifiedImageError) and (named := re.search("'(.+)'", str(error))):
+        return unreadable(Path(named[1]), "photo", error)
     if isinstance(error, FileNotFoundError):
         return InputError(
             f"{parser}: {error.filename or error} does not exist: restore the file or take it out of the capture"
@@ -132,40 +135,11 @@ def check_outputs(outputs: DataparserOutputs, split: str, *, photos: bool = True
 
 def _check_files(outputs: DataparserOutputs, split: str) -> None:
     """Photos and masks exist, and have the sizes of their cameras."""
-    names, masks, cameras = outputs.image_filenames, outputs.mask_filenames, outputs.cameras
-    for kind, files in (("photo", names), ("mask", masks or [])):
+    for kind, files in (("photo", outputs.image_filenames), ("mask", outputs.mask_filenames or [])):
         missing = [file for file in files if not Path(file).exists()]
         if missing:
             raise InputError(
                 f"{kind} {missing[0]} does not exist ({len(missing)} of {len(files)} missing in the {split} split): "
                 "restore the file or take it out of the capture"
             )
-    for index, name in enumerate(names):
-        width, height = _image_size(name, "photo")
-        wanted = int(cameras.width[index]), int(cameras.height[index])
-        if abs(width - wanted[0]) > SIZE_TOLERANCE or abs(height - wanted[1]) > SIZE_TOLERANCE:
-            raise InputError(
-                f"photo {name} has {width} x {height} pixels but its camera {wanted[0]} x {wanted[1]}: "
-                "use the photos that the poses were computed for, or correct w and h"
-            )
-        if masks is not None and _image_size(masks[index], "mask") != (width, height):
-            size = "{} x {}".format(*_image_size(masks[index], "mask"))
-            raise InputError(f"mask {masks[index]} has {size} pixels but its photo {width} x {height}: make them equal")
-
-
-def _image_size(path: Path, kind: str) -> tuple[int, int]:
-    """Width and height from the header."""
-    try:
-        with Image.open(path) as image:
-            if kind == "mask" and len(image.getbands()) != 1:
-                raise InputError(
-                    f"mask {path} has {len(image.getbands())} channels: save it with one, 0 = ignore the pixel"
-                )
-            return image.size
-    except (OSError, SyntaxError, ValueError) as error:
-        raise unreadable(path, kind, error) from error
-
-
-def unreadable(path: Path, kind: str, error: Exception) -> InputError:
-    """The line for a photo, mask or depth image that cannot be decoded."""
-    return InputError(f"{kind} {path} cannot be read ({error}): replace the file or take it out of the capture")
+    check_sizes(outputs)

@@ -19,6 +19,7 @@ from nerfstudio.data.dataparsers.base_dataparser import DataParser, DataParserCo
 from nerfstudio.data.scene_box import SceneBox
 from nerfstudio.plugins.registry_dataparser import DataParserSpecification
 
+from infnerf_ns.data.capture.downscaling import downscale_images
 from infnerf_ns.data.demo_scene import DemoScene, DemoSceneOptions, load_or_generate, load_or_generate_depths
 from infnerf_ns.data.demo_scene.town import BLOCK
 from infnerf_ns.errors import InputError
@@ -62,6 +63,8 @@ class InfNeRFDemoDataParserConfig(DataParserConfig):
     """Hand over the surface points that the training photos see, as structure from motion would find them."""
     depth: bool = False
     """Make exact depth images beside the photos, for --pipeline.datamanager.use-depth."""
+    downscale_factor: Optional[float] = None
+    """Whole number by which the photos are smaller than they were taken; ns-render dataset sets it."""
 
 
 @dataclass
@@ -84,7 +87,10 @@ class InfNeRFDemoDataParser(DataParser):
         cache_dir = config.cache_dir or Path(appdirs.user_cache_dir("infnerf_ns")) / "demo"
         scene = load_or_generate(options, Path(cache_dir))
         depths = load_or_generate_depths(scene) if config.depth else None
-        return scene_outputs(scene, split, config.eval_interval, points=config.load_3D_points, depths=depths)
+        outputs = scene_outputs(scene, split, config.eval_interval, points=config.load_3D_points, depths=depths)
+        if config.downscale_factor not in (None, 1):
+            _downscale(outputs, Path(cache_dir) / options.folder_name, int(config.downscale_factor))
+        return outputs
 
 
 def scene_outputs(
@@ -127,6 +133,22 @@ def scene_outputs(
     )
 
 
+def _downscale(outputs: DataparserOutputs, folder: Path, factor: int) -> None:
+    """Replaces photos and depth images by smaller ones, which are made beside the town's folder on first use."""
+    small = folder.with_name(f"{folder.name}_{factor}")
+    copies = {}
+    for kind, paths in (("photos", outputs.image_filenames), ("depths", outputs.metadata.get("depth_filenames", []))):
+        copies[kind] = [small / kind / path.name for path in paths]
+        if not all(copy.exists() for copy in copies[kind]):
+            downscale_images(paths, lambda path, kind=kind: small / kind / path.name, factor, nearest=kind == "depths")
+    outputs.image_filenames = copies["photos"]
+    outputs.cameras.rescale_output_resolution(1 / factor)
+    if "depth_filenames" in outputs.metadata:
+        outputs.metadata["depth_filenames"] = copies["depths"]
+    if "points3D_track_footprint" in outputs.metadata:
+        outputs.metadata["points3D_track_footprint"] *= factor
+
+
 def _check(config: InfNeRFDemoDataParserConfig) -> None:
     """Raise :class:`InputError` for the first option that makes no sense."""
     if not 1 <= config.size <= MAX_SIZE:
@@ -144,6 +166,12 @@ def _check(config: InfNeRFDemoDataParserConfig) -> None:
         )
     if not 1 <= config.supersampling <= 16:
         raise InputError(f"--supersampling {config.supersampling} is out of range: choose 1 to 16")
+    factor = 1 if config.downscale_factor is None else config.downscale_factor
+    if not (1 <= factor <= min(config.image_width, config.image_height) / 8 and float(factor).is_integer()):
+        raise InputError(
+            f"--downscale-factor {factor:g}: choose a whole number from 1 to"
+            f" {min(config.image_width, config.image_height) // 8}, so that 8 pixels are left"
+        )
     if config.eval_interval < 2:
         raise InputError(f"--eval-interval {config.eval_interval} leaves no photo to train on: choose 2 or more")
 

@@ -14,10 +14,17 @@ import numpy as np
 import torch
 from jaxtyping import Float, Float32, Int
 from nerfstudio.data.dataparsers.base_dataparser import DataparserOutputs
-from PIL import Image
 from torch import Tensor
 
-from infnerf_ns.data import checks
+from infnerf_ns.data.capture.photos import (
+    AS_STORED,
+    Turn,
+    companion_turn,
+    read_numbers,
+    require_regular_file,
+    turn_numbers,
+    unreadable,
+)
 from infnerf_ns.errors import InputError
 
 SAME_SURFACE = 0.05
@@ -68,13 +75,14 @@ def check_depth(outputs: DataparserOutputs, split: str) -> None:
         )
 
 
-def read_depth(path: Path, height: int, width: int) -> Float32[np.ndarray, "h w"]:
+def read_depth(path: Path, height: int, width: int, turn: Turn = AS_STORED) -> Float32[np.ndarray, "h w"]:
     """One depth image, at the size of its photo: the nearest pixel counts, as a mean of two surfaces is on neither.
 
     Args:
         path: ``.npy`` ``[H', W']`` or ``[H', W', 1]``, or an image of one channel.
         height: H, of the photo.
         width: W, of the photo.
+        turn: of the photo.
 
     Returns:
         The numbers of the file, 0 where they are no depth.
@@ -82,34 +90,41 @@ def read_depth(path: Path, height: int, width: int) -> Float32[np.ndarray, "h w"
     Raises:
         InputError: the file cannot be read, or does not have the shape of its photo.
     """
+    depth, orientation = _read_array(path) if path.suffix.lower() == ".npy" else read_numbers(path)
     try:
-        depth = np.load(path, allow_pickle=False) if path.suffix == ".npy" else _read_image(path)
         depth = depth.astype(np.float32)
-    except (OSError, EOFError, SyntaxError, ValueError, TypeError) as error:
-        raise checks.unreadable(path, "depth image", error) from error
+    except (ValueError, TypeError) as error:
+        raise unreadable(path, "depth image", error) from error
     if depth.ndim == 3 and depth.shape[2] == 1:
         depth = depth[..., 0]
     if depth.ndim != 2:
         shape = " x ".join(map(str, depth.shape))
         raise InputError(f"depth image {path} holds {shape} numbers: save it with one channel, 16 bit or float")
     rows, columns = depth.shape
-    tolerance = max(SHAPE_TOLERANCE * height, width / max(columns, 1), 1.0)
-    if min(rows, columns) == 0 or abs(rows * width / columns - height) > tolerance:
+
+    def fits(size: tuple[int, int]) -> bool:
+        tolerance = max(SHAPE_TOLERANCE * height, width / max(size[0], 1), 1.0)
+        return min(size) > 0 and abs(size[1] * width / size[0] - height) <= tolerance
+
+    orientation = companion_turn((columns, rows), orientation, turn, fits)
+    if orientation is None:
         raise InputError(
             f"depth image {path} has {columns} x {rows} pixels but its photo {width} x {height}: "
             "it must show the same picture, at any resolution"
         )
-    if (rows, columns) != (height, width):
+    depth = np.ascontiguousarray(turn_numbers(depth, orientation))
+    if depth.shape != (height, width):
         depth = cv2.resize(depth, (width, height), interpolation=cv2.INTER_NEAREST_EXACT)
     return np.where(np.isfinite(depth) & (depth > 0), depth, np.float32(0))
 
 
-def _read_image(path: Path) -> np.ndarray:
-    """The numbers of an image file; OpenCV as nerfstudio uses it would take the brightness of a colour image."""
-    with Image.open(path) as image:
-        if image.mode == "P":
-            raise ValueError("it is a palette image")
-        return np.asarray(image)
+def _read_array(path: Path) -> tuple[np.ndarray, int]:
+    """The numbers of a ``.npy`` file, which has no EXIF orientation (1)."""
+    try:
+        require_regular_file(path, "depth image")
+        return np.load(path, allow_pickle=False), 1
+    except (OSError, EOFError, SyntaxError, ValueError, TypeError) as error:
+        raise unreadable(path, "depth image", error) from error
 
 
 def downsample_depth(depth: Float32[np.ndarray, "h w"], level: int) -> Float32[np.ndarray, "h2 w2"]:

@@ -13,9 +13,10 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, Optional
 
 import torch
+import tyro
 from jaxtyping import Bool, Float
 from nerfstudio.cameras.cameras import Cameras
 from nerfstudio.cameras.rays import RayBundle
@@ -24,13 +25,17 @@ from nerfstudio.data.dataparsers.base_dataparser import DataParser, DataparserOu
 from nerfstudio.data.dataparsers.colmap_dataparser import ColmapDataParser
 from nerfstudio.data.datasets.base_dataset import InputDataset
 from nerfstudio.data.pixel_samplers import PixelSamplerConfig
-from nerfstudio.data.utils.dataloaders import FixedIndicesEvalDataloader, RandIndicesEvalDataloader
+from nerfstudio.data.utils.dataloaders import FixedIndicesEvalDataloader
 from nerfstudio.utils.rich_utils import CONSOLE
 from torch import Tensor
 
 from infnerf_ns.data import checks
+from infnerf_ns.data.camera_rays import CameraRays
 from infnerf_ns.data.capture import splits
-from infnerf_ns.data.capture.parsers import make_parser, want_points
+from infnerf_ns.data.capture.consistency import check_consistency
+from infnerf_ns.data.capture.parsers import make_parser, read_split, want_points
+from infnerf_ns.data.capture.reading import METADATA_KEY, CapturePhotos
+from infnerf_ns.data.capture.record import CaptureRecord, HeldOutPhotos, RecordedOutputs, RecordedPhotos
 from infnerf_ns.data.depth import check_depth
 from infnerf_ns.data.photo_order import neighbour_order
 from infnerf_ns.data.pyramid import PixelPyramid, downsample_mask, level_mean, num_levels
@@ -73,6 +78,8 @@ class PyramidDataManagerConfig(VanillaDataManagerConfig):
     """The depth images hold distances from the camera. False: depths along its viewing axis, nerfstudio's usual."""
     camera_res_scale_factor: Annotated[float, Range(1e-3, 16.0)] = 1.0
     """Size of the photos, relative: 0.5 trains on half-size photos."""
+    record: Annotated[Optional[Path], tyro.conf.Suppress] = None
+    """What a run that is loaded has kept of its capture; set when its checkpoint is looked up."""
 
 
 @dataclass
@@ -107,8 +114,11 @@ class _RaySource:
         return rays, batch
 
 
-class PyramidDataManager(VanillaDataManager):
+class PyramidDataManager(VanillaDataManager[RecordedPhotos]):
     """Data manager with photo pyramids.
+
+    A run that is loaded takes its cameras from the record that its training has written
+    (:mod:`infnerf_ns.data.capture.record`), if there is one, and else from the capture.
 
     Args:
         config: all photos of a split are always in memory: ``*_num_images_to_sample_from`` and
@@ -128,6 +138,8 @@ class PyramidDataManager(VanillaDataManager):
     near_planes: Callable[[Cameras], Float[Tensor, "c"]] | None = None
     """Gives every photo's rays their near plane; the pipeline sets it, as the points come with the model's
     checkpoint."""
+    record: CaptureRecord | None
+    """of the run that is loaded; None in training and for runs of earlier versions"""
 
     def __init__(
         self,
@@ -149,15 +161,23 @@ class PyramidDataManager(VanillaDataManager):
             config.data = config.dataparser.data
         config.dataparser.data = Path(config.data)
         self.dataparser_config = config.dataparser
-        self.dataparser = self._make_dataparser(points=test_mode == "val")
-        outputs = self._parse_train_split()
-        checks.check_outputs(outputs, "train", photos=test_mode != "inference")
+        self.record = recorded_capture(config, test_mode)
+        self.dataparser = self._make_dataparser(points=test_mode == "val" and self.record is None)
+        if self.record is not None:
+            self.dataparser.downscale_factor = self.record.downscale_factor
+            outputs = self._recorded("train")
+        else:
+            outputs = self._parse_train_split()
+            again = None if test_mode == "val" else lambda: read_split(config.dataparser, "train", points=True)
+            outputs.metadata = {**outputs.metadata, METADATA_KEY: CapturePhotos(outputs, again)}
+            checks.check_outputs(outputs, "train", photos=test_mode != "inference")
         if self._with_depth:
             check_depth(outputs, "train")
         scene = SfMScene.placeholder()
-        if test_mode == "val":  # else the model loads a checkpoint, with the tree in it
+        if test_mode == "val" and self.record is None:  # else the model loads a checkpoint, with the tree in it
             cameras = copy.deepcopy(outputs.cameras)
             cameras.rescale_output_resolution(config.camera_res_scale_factor)
+            check_consistency(outputs)
             scene = build_sfm_scene(outputs, cameras)
             CONSOLE.log(f"{len(scene.points)} SfM points ({scene.source}), near plane {scene.near:.3g}")
         kept = {key: value for key, value in outputs.metadata.items() if key != "tracks"}
@@ -167,7 +187,7 @@ class PyramidDataManager(VanillaDataManager):
         self.includes_time = self.dataparser.includes_time
         self.train_dataset = self.create_train_dataset()
         self.eval_dataset = self.create_eval_dataset()
-        if test_mode == "val":
+        if test_mode == "val" and self.record is None:
             rule = outputs.metadata.get(splits.RULE, splits.rule(config.dataparser))
             held_out = self.eval_dataset.image_filenames
             CONSOLE.log(splits.summary(outputs.image_filenames, held_out, rule))
@@ -178,7 +198,45 @@ class PyramidDataManager(VanillaDataManager):
 
     @property
     def _with_depth(self) -> bool:
-        return self.config.use_depth and self.test_mode == "val"  # only a training has losses
+        return self.config.use_depth and self.test_mode == "val" and self.record is None  # only a training has losses
+
+    def _recorded(self, split: str) -> RecordedOutputs:
+        """A split as the run that is loaded was trained with it."""
+        assert self.record is not None
+        config = self.config.dataparser
+        return self.record.outputs(split, config.data, lambda: read_split(config, split))
+
+    def write_record(self, file: Path) -> None:
+        """Writes down what rendering will need of the capture that is trained on.
+
+        Args:
+            file: in the run's folder.
+
+        Raises:
+            InputError: it cannot be written.
+        """
+        held_out = self.eval_dataset._dataparser_outputs
+        try:  # ns-eval and the like take this split
+            test = self.dataparser.get_dataparser_outputs(split="test")
+        except Exception:  # there is none, as there may be no `val`
+            test = held_out
+        CaptureRecord.of_capture(
+            self.config.dataparser,
+            {"train": self.train_dataparser_outputs, "val": held_out, "test": test},
+            self.test_split,
+            self.train_dataset.metadata["sfm_scene"],
+            self.train_dataset.photos.decisions(),
+            getattr(self.dataparser, "downscale_factor", None),
+        ).write(file)
+
+    def get_datapath(self) -> Path:
+        """Where nerfstudio's viewer keeps camera paths: with the capture, or with the run where that is gone."""
+        data, record = self.config.dataparser.data, self.config.record
+        return data if data.exists() or record is None else record.parent
+
+    def show_missing_photos(self) -> None:
+        """From now on missing photos are small grey pictures: the viewer asks for all of them."""
+        self.train_dataset.show_missing = self.eval_dataset.show_missing = True
 
     def _make_dataparser(self, points: bool) -> DataParser:
         dataparser = make_parser(self.config.dataparser, points)
@@ -201,6 +259,9 @@ class PyramidDataManager(VanillaDataManager):
 
     def create_eval_dataset(self) -> InputDataset:
         """The held-out photos; may be empty. ``val`` and ``test`` stand for each other where a capture has one only."""
+        if self.record is not None:
+            outputs = self._recorded(self.test_split)
+            return self.dataset_type(dataparser_outputs=outputs, scale_factor=self.config.camera_res_scale_factor)
         try:
             try:
                 outputs = self.dataparser.get_dataparser_outputs(split=self.test_split)
@@ -216,6 +277,8 @@ class PyramidDataManager(VanillaDataManager):
                 self.test_split = other
         except Exception as error:
             raise checks.explain(error, self.config.dataparser) from error
+        photos = self.train_dataparser_outputs.metadata[METADATA_KEY]
+        outputs.metadata = {**outputs.metadata, METADATA_KEY: photos}
         checks.check_outputs(outputs, self.test_split, photos=self.test_mode != "inference")
         if self._with_depth:
             check_depth(outputs, self.test_split)
@@ -234,8 +297,10 @@ class PyramidDataManager(VanillaDataManager):
             _ = self._eval_source
 
     @cached_property
-    def _train_source(self) -> _RaySource:
+    def _train_source(self) -> _RaySource | CameraRays:
         config = self.config
+        if self._without_photos(self.train_dataset):
+            return CameraRays(self.train_dataset.cameras.to(self.device), self._crop_radius(self.train_dataset))
         return self._load_source(
             self.train_dataset, "train", config.ray_table_mib << 20, config.level_share, config.photos_per_step
         )
@@ -252,17 +317,36 @@ class PyramidDataManager(VanillaDataManager):
         return FixedIndicesEvalDataloader(input_dataset=self.eval_dataset, device=self.device)
 
     @cached_property
-    def eval_dataloader(self) -> RandIndicesEvalDataloader:
+    def eval_dataloader(self) -> HeldOutPhotos:
         """Random held-out photos."""
-        self._require_eval_photos()
-        return RandIndicesEvalDataloader(input_dataset=self.eval_dataset, device=self.device)
+        self._require_held_out()
+        return HeldOutPhotos(input_dataset=self.eval_dataset, device=self.device)
 
-    def _require_eval_photos(self) -> None:
+    def _without_photos(self, dataset: RecordedPhotos) -> bool:
+        """Whether photos are missing that only tell which pixels are masked: point clouds need no more than rays."""
+        outputs = dataset._dataparser_outputs
+        if not isinstance(outputs, RecordedOutputs) or not outputs.missing():
+            return False
+        masked = " and may lie where the masks hid the photos" if outputs.mask_filenames is not None else ""
+        CONSOLE.log(f"infnerf: the photos are not there: rays are drawn from the recorded cameras{masked}")
+        return True
+
+    def _require_held_out(self) -> None:
+        """There are held-out photos, wherever their files are."""
         if len(self.eval_dataset) == 0:
             raise InputError(
                 f"the capture {self.config.data} has no held-out photos to evaluate: "
                 "change --eval-mode / --train-split-fraction / --eval-interval of the dataparser"
             )
+
+    def _require_eval_photos(self) -> None:
+        """There are held-out photos, and their files are at hand."""
+        self._require_held_out()
+        outputs = self.eval_dataset._dataparser_outputs
+        if isinstance(outputs, RecordedOutputs):
+            outputs.require()
+            checks.check_outputs(outputs, outputs.split)
+            outputs.warn_of_changes()
 
     def _load_source(
         self, dataset: InputDataset, name: str, table_bytes: int, level_share: float, photos: int
@@ -322,7 +406,7 @@ class PyramidDataManager(VanillaDataManager):
         return self._batch(self._eval_source, self.get_eval_rays_per_batch(), self._eval_nears)
 
     def _batch(
-        self, source: _RaySource, num_rays: int, nears: Float[Tensor, "c"] | None
+        self, source: _RaySource | CameraRays, num_rays: int, nears: Float[Tensor, "c"] | None
     ) -> tuple[RayBundle, dict[str, Any]]:
         rays, batch = source.batch(num_rays, self.config.patch_size, self.config.patch_share)
         if nears is not None:
@@ -357,3 +441,29 @@ class PyramidDataManager(VanillaDataManager):
             if mask is not None:
                 level_mask = torch.from_numpy(downsample_mask(mask[..., 0].bool().cpu().numpy(), level))[..., None]
             yield level, level_camera(camera, level, *level_image.shape[:2]), level_image, level_mask
+
+
+def recorded_capture(config: PyramidDataManagerConfig, test_mode: str) -> CaptureRecord | None:
+    """What a run that is loaded has kept of its capture, None if the capture is to be read instead: by a training, for
+    a run of an earlier version, and where photos are wanted in another way than they were trained on (``ns-render
+    dataset --downscale-factor``).
+
+    Raises:
+        InputError: the record is damaged, or neither run nor capture is where the configuration says.
+    """
+    data = config.dataparser.data
+    if config.record is not None and config.record.is_file():
+        record = CaptureRecord.read(config.record)
+        return record if test_mode == "inference" or record.stands_for(config.dataparser) else None
+    if test_mode != "val" and config.record is not None:
+        if not config.record.parent.is_dir():
+            raise InputError(
+                f"the run is not in {config.record.parent}, where its config.yml says that it is: if it was moved or"
+                " copied, write the file anew with infnerf-config RUN"
+            )
+        if not data.exists():
+            raise InputError(
+                f"the capture {data} does not exist, and the run was trained with an earlier version, which has kept"
+                " nothing of it: put it back, or say where it is now with infnerf-config RUN --data FOLDER"
+            )
+    return None

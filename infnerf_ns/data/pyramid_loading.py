@@ -2,24 +2,20 @@
 
 from __future__ import annotations
 
-import os
-from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
-
 import numpy as np
 import psutil
-from nerfstudio.data.datasets.base_dataset import InputDataset
 from nerfstudio.utils.rich_utils import CONSOLE
-from PIL import Image
 from rich.progress import track
 
-from infnerf_ns.data import checks, depth
+from infnerf_ns.data import depth
+from infnerf_ns.data.capture.reading import PhotoDataset
 from infnerf_ns.data.pyramid import PixelPyramid, num_levels
+from infnerf_ns.data.thread_pool import threads
 from infnerf_ns.errors import InputError
 
 
 def load_pyramid(
-    dataset: InputDataset,
+    dataset: PhotoDataset,
     max_levels: int,
     name: str,
     *,
@@ -32,7 +28,7 @@ def load_pyramid(
     """Decodes all photos of a dataset, in threads, into a pyramid.
 
     Args:
-        dataset: nerfstudio's; its scaling, alpha compositing and mask colour apply.
+        dataset: its scaling, alpha compositing and mask colour apply.
         max_levels: pyramid levels per photo.
         name: of the split, for the progress bar.
         ignore_masks: draw masked pixels, too.
@@ -46,10 +42,11 @@ def load_pyramid(
             memory.
     """
     outputs = dataset._dataparser_outputs
-    headers = [_header(path) for path in dataset.image_filenames]
-    sizes = [(int(height * dataset.scale_factor), int(width * dataset.scale_factor)) for width, height, _ in headers]
+    scale = dataset.scale_factor
+    photo_sizes = [dataset.size(index) for index in range(len(dataset))]
+    sizes = [(int(height * scale), int(width * scale)) for width, height in photo_sizes]
     composited = outputs.alpha_color is not None
-    channels = 3 if composited else max(3, max(bands for _, _, bands in headers))
+    channels = 3 if composited else max(dataset.channels(index) for index in range(len(dataset)))
     masked = (outputs.mask_filenames is not None and not ignore_masks) or crop_radius is not None
     _check_memory(sizes, channels + masked + with_depth * depth.BYTES_PER_PIXEL, max_levels, name)
     pyramid = PixelPyramid(sizes, channels, max_levels, masked, level_share, order, with_depth)
@@ -59,10 +56,7 @@ def load_pyramid(
     )  # nerfstudio truncates composited uint8 colours
 
     def load(index: int) -> None:
-        try:
-            data = dataset.get_data(index, image_type=image_type)
-        except (OSError, SyntaxError, ValueError, AssertionError) as error:
-            raise _unreadable(dataset, index, error) from error
+        data = dataset.get_data(index, image_type=image_type)
         image = data["image"].numpy()
         if image.dtype != np.uint8:
             image = np.rint(image * 255.0).astype(np.uint8)
@@ -72,11 +66,13 @@ def load_pyramid(
         if crop_radius is not None:
             circle = circle_mask(image.shape[0], image.shape[1], crop_radius)
             mask = circle if mask is None else mask & circle
-        depths = depth.read_depth(depth_files[index], *sizes[index]) * np.float32(unit) if with_depth else None
+        depths = None
+        if with_depth:
+            depths = depth.read_depth(depth_files[index], *sizes[index], dataset.turn(index)) * np.float32(unit)
         pyramid.set_photo(index, image, mask, depths)
 
-    with ThreadPoolExecutor(max_workers=min(8, os.cpu_count() or 1)) as threads:
-        done = threads.map(load, range(len(dataset)))
+    with threads(most=8) as pool:
+        done = pool.map(load, range(len(dataset)))
         for _ in track(done, f"Loading {len(dataset)} {name} photos", len(dataset), console=CONSOLE, transient=True):
             pass
     if pyramid.depth is not None and not pyramid.depth.any_known():
@@ -101,24 +97,6 @@ def _check_memory(sizes: list[tuple[int, int]], bytes_per_pixel: int, max_levels
             " are free: train on smaller photos with --pipeline.datamanager.camera-res-scale-factor 0.5, or the"
             " dataparser's --downscale-factor"
         )
-
-
-def _unreadable(dataset: InputDataset, index: int, error: Exception) -> InputError:
-    """The line for a photo whose pixels, or whose mask, cannot be decoded."""
-    masks = dataset._dataparser_outputs.mask_filenames
-    if masks is not None:
-        try:
-            with Image.open(masks[index]) as mask:
-                mask.load()
-        except (OSError, SyntaxError, ValueError) as mask_error:
-            return checks.unreadable(masks[index], "mask", mask_error)
-    return checks.unreadable(dataset.image_filenames[index], "photo", error)
-
-
-def _header(path: Path) -> tuple[int, int, int]:
-    """Width, height and channels of a photo."""
-    with Image.open(path) as image:
-        return *image.size, len(image.getbands())
 
 
 def circle_mask(height: int, width: int, radius: float) -> np.ndarray:

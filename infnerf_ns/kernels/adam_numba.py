@@ -10,6 +10,9 @@ from __future__ import annotations
 
 import numba as nb
 import numpy as np
+from llvmlite import ir
+from numba.core import types
+from numba.extending import intrinsic
 
 from infnerf_ns.kernels.corners_numba import prefetch
 from infnerf_ns.kernels.hash_numba import BLOCK_SHIFT
@@ -17,8 +20,23 @@ from infnerf_ns.kernels.hash_numba import BLOCK_SHIFT
 _BLOCK = 1 << BLOCK_SHIFT
 _AHEAD = 8
 """blocks between the request of a block and its update"""
+_TOO_LARGE = np.int32((127 + 60) << 23)
+"""bits of 2**60: the square of what is below it is finite"""
 _SHARES = 8
 """shares of a row, so that one row alone still keeps all threads busy"""
+
+
+@intrinsic
+def _magnitude(typing_context, number):  # noqa: ANN001, ANN202
+    """The bits of a float32 but for its sign, as a whole number: ordered as the magnitudes, NaN above all. Arithmetic
+    with fastmath promises the compiler that no number is NaN, so comparisons of the numbers themselves find none."""
+    del typing_context, number
+
+    def generate(context, builder, signature, arguments):  # noqa: ANN001, ANN202
+        bits = ir.IntType(32)
+        return builder.and_(builder.bitcast(arguments[0], bits), ir.Constant(bits, 0x7FFFFFFF))
+
+    return types.int32(types.float32), generate
 
 
 @nb.njit(inline="always")
@@ -38,8 +56,9 @@ def _listed_blocks(touched, r, first_word, last_word, blocks):
 
 
 @nb.njit(parallel=True, cache=True, fastmath=True, error_model="numpy", boundscheck=False)
-def touched_step(bank, grad, touched, rows, row_steps, exp_avg, exp_avg_sq, lr, beta1, beta2, eps, warmup):
-    """Updates bank [N, page] and its moments where grad is not zero, and clears grad and flags there.
+def touched_step(bank, grad, touched, rows, row_steps, exp_avg, exp_avg_sq, lr, beta1, beta2, eps, warmup, factor):
+    """Updates bank [N, page] and its moments where grad is not zero, and clears grad and flags there. Entries whose
+    gradient is NaN, infinite or too large to be squared keep their values; returns how many.
 
     Args:
         bank, grad, exp_avg, exp_avg_sq: [N, page].
@@ -47,10 +66,13 @@ def touched_step(bank, grad, touched, rows, row_steps, exp_avg, exp_avg_sq, lr, 
         rows: those that were touched.
         row_steps: [N] steps of each row's own, this one counted.
         lr, beta1, beta2, eps, warmup: as in NodeAdam.
+        factor: of the gradients.
     """
+    scale, left_out = np.float32(factor), 0
     page, words = bank.shape[1], touched.shape[1] // 8
     b1, b2, small = np.float32(beta1), np.float32(beta2), np.float32(eps)
-    c1, c2, zero = np.float32(1) - b1, np.float32(1) - b2, np.float32(0)
+    one, zero = np.float32(1), np.float32(0)
+    c1, c2 = one - b1, one - b2
     for task in nb.prange(len(rows) * _SHARES):
         r, share = np.uintp(rows[task // _SHARES]), task % _SHARES
         rate = np.float32(lr * min(1.0, row_steps[r] / max(warmup, 1)) / (1 - beta1 ** row_steps[r]))
@@ -58,6 +80,8 @@ def touched_step(bank, grad, touched, rows, row_steps, exp_avg, exp_avg_sq, lr, 
         first_word, last_word = words * share // _SHARES, words * (share + 1) // _SHARES
         blocks = np.empty(8 * (last_word - first_word) + 1, np.int32)
         count = _listed_blocks(touched, r, first_word, last_word, blocks)
+        # A sum per place in a block: one sum would have to be added across a vector for every block.
+        wrong = np.zeros(_BLOCK, np.float32)
         for i in range(count):
             if i + _AHEAD < count:
                 ahead = np.uintp(blocks[i + _AHEAD]) << np.uintp(BLOCK_SHIFT)
@@ -69,10 +93,15 @@ def touched_step(bank, grad, touched, rows, row_steps, exp_avg, exp_avg_sq, lr, 
             stop = min(start + _BLOCK, page)
             g_block, p_block = grad[r, start:stop], bank[r, start:stop]
             m_block, v_block = exp_avg[r, start:stop], exp_avg_sq[r, start:stop]
+            if scale != one:
+                for k in range(stop - start):
+                    g_block[k] *= scale if _magnitude(g_block[k]) < _TOO_LARGE else one
             if stop - start == _BLOCK:  # a length known to the compiler, and no branch: entries with no gradient keep
                 for k in range(_BLOCK):
                     g, m0, v0 = g_block[k], m_block[k], v_block[k]
-                    m, v, live = b1 * m0 + c1 * g, b2 * v0 + c2 * g * g, g != zero
+                    m, v, size = b1 * m0 + c1 * g, b2 * v0 + c2 * g * g, _magnitude(g)
+                    live = (size != 0) & (size < _TOO_LARGE)
+                    wrong[k] += zero if size < _TOO_LARGE else one
                     m_block[k] = m if live else m0
                     v_block[k] = v if live else v0
                     change = rate * m / (np.sqrt(v) * correction + small)
@@ -80,12 +109,28 @@ def touched_step(bank, grad, touched, rows, row_steps, exp_avg, exp_avg_sq, lr, 
                     g_block[k] = zero
             else:
                 for k in range(stop - start):
-                    g = g_block[k]
-                    if g != zero:
+                    g, size = g_block[k], _magnitude(g_block[k])
+                    wrong[k] += zero if size < _TOO_LARGE else one
+                    if (size != 0) & (size < _TOO_LARGE):
                         m_block[k] = b1 * m_block[k] + c1 * g
                         v_block[k] = b2 * v_block[k] + c2 * g * g
                         p_block[k] -= rate * m_block[k] / (np.sqrt(v_block[k]) * correction + small)
-                        g_block[k] = zero
+                    g_block[k] = zero
+        left_out += np.int64(wrong.sum())
+    return left_out
+
+
+@nb.njit(cache=True, error_model="numpy", boundscheck=False)
+def touched_square(grad, touched, rows):
+    """Sum of the squares of the gradients that `touched_step` takes."""
+    total, page = 0.0, grad.shape[1]
+    for r in rows:
+        for block in range(touched.shape[1]):
+            if touched[r, block]:
+                for k in range(block << BLOCK_SHIFT, min((block + 1) << BLOCK_SHIFT, page)):
+                    if _magnitude(grad[r, k]) < _TOO_LARGE:
+                        total += np.float64(grad[r, k]) ** 2
+    return total
 
 
 @nb.njit(cache=True)

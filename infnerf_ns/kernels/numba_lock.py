@@ -9,6 +9,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from infnerf_ns.kernels.numba_cache import require_cache_folder
+
+require_cache_folder()
 numba.config.THREADING_LAYER_PRIORITY = ["omp", "tbb", "workqueue"]
 """numba asks for TBB first and warns of an old one that it then leaves alone; it was measured with OpenMP."""
 

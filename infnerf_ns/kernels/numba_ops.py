@@ -314,7 +314,9 @@ def _mlp_backward(
     target: _Target | None,
 ) -> None:
     """Writes the gradient of one level's inputs and adds that of its weights to the target, if there is one."""
-    size, threads, offset = mlp_page_size(ctx.widths), numba.get_num_threads(), ctx.offset
+    # As many shares as the process has threads, however many take part: the order of a sum, so its last bit, does not
+    # depend on how many are fastest at the moment.
+    size, threads, offset = mlp_page_size(ctx.widths), numba.config.NUMBA_NUM_THREADS, ctx.offset
     edge_groups = np.full((threads, 2), -1, np.int64)
     edges = np.zeros((threads, 2, size), np.float32)
     grad_bank = edges[0] if target is None else target.grad

@@ -2,7 +2,8 @@
 
 A page holds what :class:`infnerf_ns.pages.PageLayout` says a node owns: ``grids``, ``proposals`` and, where every node
 has a decoder of its own, ``decoders``; as float32 or float16. The checksums (CRC-32) stand in the packed checkpoint, so
-a page of another packing is noticed, too. Files are memory-mapped when they are read; safetensors holds no code.
+a page of another packing is noticed, too; they cover names, types and shapes of the tensors. Files are memory-mapped
+when they are read; safetensors holds no code.
 """
 
 from __future__ import annotations
@@ -20,9 +21,15 @@ from torch import Tensor
 
 from infnerf_ns.octree import Octree
 from infnerf_ns.pages import PageLayout
+from infnerf_ns.regular_files import file_problem
 
 PAGES = "pages"
 """Name of the folder of the pages in the folder of a packed run."""
+
+
+_DESCRIBED = 1 << 32
+"""Set in a checksum that covers names, types and shapes; those of earlier versions, of the numbers alone, lack it."""
+_TYPES = ("float32", "float16")
 
 
 class PageError(Exception):
@@ -49,12 +56,19 @@ def write_page(path: Path, tensors: Mapping[str, Tensor]) -> int:
     return checksum({name: tensor.numpy() for name, tensor in whole.items()})
 
 
-def checksum(arrays: Mapping[str, np.ndarray]) -> int:
-    """CRC-32 of a page's numbers, in the order of their names."""
+def checksum(arrays: Mapping[str, np.ndarray], described: bool = True) -> int:
+    """CRC-32 of a page's tensors in the order of their names: name, type and shape of each, and its numbers.
+
+    Args:
+        arrays: by name.
+        described: bit 32 is set; else the checksum of earlier versions, of the numbers alone.
+    """
     total = 0
     for name in sorted(arrays):
+        if described:
+            total = zlib.crc32(f"{name} {arrays[name].dtype.str} {arrays[name].shape} ".encode(), total)
         total = zlib.crc32(np.ascontiguousarray(arrays[name]).view(np.uint8), total)
-    return total
+    return total | _DESCRIBED if described else total
 
 
 class PageFiles:
@@ -85,19 +99,25 @@ class PageFiles:
         Raises:
             PageError: the file is missing, damaged, or of another run.
         """
-        path = self.path(node)
+        path, sizes = self.path(node), self.sizes(node)
+        problem = file_problem(path)
+        if problem is not None:
+            raise PageError(f"the page {path} is missing" if not path.exists() else f"the page {path}: {problem}")
         try:
-            path.stat()
             with safe_open(path, framework="numpy") as file:
-                arrays = {name: file.get_tensor(name) for name in self.sizes(node)}
-        except FileNotFoundError as error:
-            raise PageError(f"the page {path} is missing") from error
+                if set(file.keys()) != set(sizes):
+                    raise ValueError(f"it holds {', '.join(sorted(file.keys())) or 'nothing'}")
+                for name, size in sizes.items():  # before anything is read
+                    if file.get_slice(name).get_shape() != [size]:
+                        raise ValueError(f"its {name} are {file.get_slice(name).get_shape()}, not {[size]}")
+                arrays = {name: file.get_tensor(name) for name in sizes}
         except PermissionError as error:
             raise PageError(f"the page {path} cannot be read ({error.strerror}): allow reading it") from error
-        except (SafetensorError, OSError, ValueError) as error:
+        except (SafetensorError, OSError, ValueError, TypeError, KeyError, AttributeError) as error:
             raise PageError(f"the page {path} is damaged ({error})") from error
-        fits = all(arrays[name].shape == (size,) for name, size in self.sizes(node).items())
-        if not fits or checksum(arrays) != self._checksums[node]:
+        wanted = self._checksums[node]
+        fits = all(str(array.dtype) in _TYPES for array in arrays.values())
+        if not fits or checksum(arrays, bool(wanted & _DESCRIBED)) != wanted:
             raise PageError(f"the page {path} is damaged (its checksum is not the one that infnerf-pack wrote down)")
         return arrays
 

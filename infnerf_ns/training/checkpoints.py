@@ -5,11 +5,13 @@ and ns-viewer load it, with one more key of our own, ``infnerf``. nerfstudio rea
 the checkpoint folder; so the temporary file stands beside that folder, on the same file system, and never in it.
 """
 
+import errno
+import io
 import os
 import pickle
 import random
 import re
-import zipfile
+import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Optional
@@ -17,7 +19,9 @@ from typing import Any, Optional
 import numpy as np
 import torch
 
+from infnerf_ns.checkpoint_archive import damage, quick_damage, record_problem, tensors_of
 from infnerf_ns.errors import InputError
+from infnerf_ns.regular_files import file_problem
 from infnerf_ns.validation import warn
 
 KEPT_CHECKPOINTS = 2
@@ -26,6 +30,8 @@ KEPT_CHECKPOINTS = 2
 _NAME = re.compile(r"step-(\d+)\.ckpt")
 _FORBIDDEN = re.compile(r"GLOBAL ([\w.]+)")
 """torch's name of the object that it refuses"""
+MODEL = "_model."
+"""Before the names of the model's tensors in a pipeline's state."""
 _REQUIRED_KEYS = ("step", "pipeline", "optimizers")
 
 
@@ -49,32 +55,42 @@ def list_checkpoints(folder: Path) -> list[Path]:
 
 
 def is_whole(path: Path) -> bool:
-    """A cheap test for truncation: torch writes zip files, whose table of contents stands at their end.
+    """A cheap test: torch writes zip files, whose table of contents stands at their end.
 
     Reads a few kilobytes whatever the file's size. Damaged numbers in its middle are found by `read_checkpoint`.
     """
-    try:
-        with zipfile.ZipFile(path) as archive:
-            pickles = [name for name in archive.namelist() if name.endswith("data.pkl")]
-            return bool(pickles) and all(archive.read(name) for name in pickles)  # read() compares the checksum
-    except (OSError, zipfile.BadZipFile, ValueError):
-        return False
+    return quick_damage(path) is None
 
 
-def whole_checkpoints(folder: Path) -> list[Path]:
-    """Checkpoints that pass `is_whole`, newest first; a warning for each damaged one that is newer than all of them."""
+def whole_checkpoints(folder: Path, first: Optional[int] = None) -> list[Path]:
+    """Checkpoints of a folder, newest first, without the damaged ones; a warning for each damaged one that is newer
+    than all of them.
+
+    All checksums of the first of them have been compared; the others pass `is_whole`.
+
+    Args:
+        folder: with the checkpoints.
+        first: step whose checkpoint comes first, if there is one.
+    """
     files = list_checkpoints(folder)
-    whole = [path for path in files if is_whole(path)]
-    for path in files:
-        if whole and path == whole[0]:
+    files.sort(key=lambda path: checkpoint_step(path) != first)
+    passed: list[tuple[Path, str]] = []
+    while files:
+        problem = damage(files[0])
+        if problem is None:
             break
-        instead = f"{whole[0].name} is used instead" if whole else "there is none before it"
-        warn(f"the checkpoint {path} is damaged (truncated?); {instead}")
-    return whole
+        passed.append((files.pop(0), problem))
+    instead = f"{files[0].name} is used instead" if files else "there is none before it"
+    for path, problem in passed:
+        warn(f"the checkpoint {path} is damaged ({problem}); {instead}")
+    return files[:1] + [path for path in files[1:] if is_whole(path)]
 
 
 def write_checkpoint(state: dict[str, Any], path: Path, keep: Optional[int]) -> Optional[str]:
     """Write a checkpoint so that at any moment the folder holds only complete files; then delete the older ones.
+
+    On a full disk the older ones but the newest of them go first, if they were going to, and it is tried once more: so
+    there is always one that is whole.
 
     Args:
         state: what `torch.save` gets.
@@ -83,31 +99,81 @@ def write_checkpoint(state: dict[str, Any], path: Path, keep: Optional[int]) -> 
             are of another run in the same folder and go, too.
 
     Returns:
-        None, or why it failed (disk full, no permission); the older checkpoints are then untouched.
+        None, or why it failed (disk full, no permission); a whole older checkpoint is then still there.
     """
     folder = path.parent.resolve()
-    temporary = folder.parent / f".{path.name}.tmp"
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        for leftover in folder.parent.glob(".step-*.ckpt.tmp"):
-            leftover.unlink()
-        with open(temporary, "wb") as file:
-            torch.save(state, file)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, folder / path.name)
-        _sync_folder(folder)
-    except (OSError, RuntimeError) as error:  # torch's zip writer reports a full disk as a RuntimeError
-        return str(error)
-    finally:
-        temporary.unlink(missing_ok=True)
+    failure = _write(state, folder, path.name)
+    if failure is not None and _is_full(failure) and keep is not None:
+        spare = [file for file in list_checkpoints(folder) if file.name != path.name]
+        spare.sort(key=lambda file: file.name > path.name)  # stable: newest first, those of later steps last
+        newest_whole = next((file for file in spare if damage(file) is None), None)
+        if newest_whole is not None and len(spare) > 1:
+            warn(f"the disk is full: older checkpoints than {newest_whole} are deleted to make room for {path.name}")
+            for file in spare:
+                if file != newest_whole:
+                    _delete(file)
+            failure = _write(state, folder, path.name)
+    if failure is not None:
+        return _full_disk(state, folder) if _is_full(failure) else str(failure)
     if keep is not None:
         _delete_all_but(folder, path.name, keep)
     return None
 
 
+class _NotingWriter(io.FileIO):
+    """A file that keeps the error of a failed write: torch's zip writer turns it into "unexpected pos"."""
+
+    error: Optional[OSError] = None
+
+    def write(self, data: Any) -> int:
+        """All of it, or an error."""
+        left = memoryview(data).cast("B")
+        total = len(left)
+        try:
+            while left:
+                left = left[super().write(left) :]
+        except OSError as error:
+            self.error = error
+            raise
+        return total
+
+
+def _write(state: dict[str, Any], folder: Path, name: str) -> Optional[Exception]:
+    """Writes a file and renames it to its place; what went wrong."""
+    temporary = folder.parent / f".{name}.tmp"
+    file: Optional[_NotingWriter] = None
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        for leftover in folder.parent.glob(".step-*.ckpt.tmp"):
+            leftover.unlink()
+        with _NotingWriter(temporary, "wb") as file:
+            torch.save(state, file)
+            os.fsync(file.fileno())
+        os.replace(temporary, folder / name)
+        _sync_folder(folder)
+    except (OSError, RuntimeError) as error:  # torch's zip writer reports what the file has raised as a RuntimeError
+        return (file and file.error) or error
+    finally:
+        temporary.unlink(missing_ok=True)
+    return None
+
+
+def _is_full(error: Exception) -> bool:
+    return isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+
+
+def _full_disk(state: dict[str, Any], folder: Path) -> str:
+    needed = sum(tensor.nbytes for _, tensor in tensors_of(state))
+    free = shutil.disk_usage(folder if folder.exists() else folder.parent).free
+    return (
+        f"the disk is full: a checkpoint needs {needed / 2**20:.1f} MiB, and {free / 2**20:.1f} MiB are free, or less"
+        " by a quota"
+    )
+
+
 def read_checkpoint(path: Path, mapped: bool = False) -> Optional[dict[str, Any]]:
-    """Load a checkpoint on the CPU; None if it is damaged. All checksums are compared, which `torch.load` does not do.
+    """Load a checkpoint on the CPU; None if it is damaged. What `torch.load` believes is compared with the file: all
+    checksums, and the sizes of all tensors.
 
     Args:
         path: the file.
@@ -116,24 +182,39 @@ def read_checkpoint(path: Path, mapped: bool = False) -> Optional[dict[str, Any]
     Raises:
         InputError: the file is whole but is not a checkpoint of a nerfstudio run.
     """
-    if not is_whole(path):
+    if damage(path) is not None:
         return None
     try:
-        with zipfile.ZipFile(path) as archive:
-            if archive.testzip() is not None:
-                return None
-        state = torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
+        state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        problem = record_problem(path, state)
+        if problem is None and not mapped:
+            state = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         found = _FORBIDDEN.search(str(error))
         raise InputError(
             f"{path} holds objects that are not safe to load ({found[1] if found else 'pickled code'}): it was not"
             " written by infnerf; name another checkpoint"
         ) from error
-    except (OSError, RuntimeError, EOFError, zipfile.BadZipFile):
+    except OSError:
         return None
+    except Exception as error:  # the checksums are right, so whoever wrote it has written something else
+        problem = type(error).__name__
+    if problem is not None:
+        raise InputError(f"{path} is not a checkpoint of ns-train ({problem}): name another checkpoint")
     if not isinstance(state, dict) or any(key not in state for key in _REQUIRED_KEYS):
         raise InputError(f"{path} is not a checkpoint of ns-train: it lacks {', '.join(_REQUIRED_KEYS)}")
+    for key in ("pipeline", "optimizers"):
+        if not isinstance(state[key], Mapping) or not all(isinstance(name, str) for name in state[key]):
+            raise InputError(f"{path} is not a checkpoint of ns-train: its entry '{key}' holds no names")
+    if type(state["step"]) is not int or not 0 <= state["step"] < 2**31:
+        raise InputError(f"{path} is not a checkpoint of ns-train: its step is {str(state['step'])[:40]}")
     return state
+
+
+def model_state(state: Mapping[str, Any]) -> dict[str, Any]:
+    """What a checkpoint says of the model, by the model's own names."""
+    names = {name.removeprefix("module."): value for name, value in state["pipeline"].items()}
+    return {name.removeprefix(MODEL): value for name, value in names.items() if name.startswith(MODEL)}
 
 
 def resume_candidates(load_dir: Path, relative_model_dir: Path, load_step: Optional[int]) -> list[Path]:
@@ -147,8 +228,13 @@ def resume_candidates(load_dir: Path, relative_model_dir: Path, load_step: Optio
     Raises:
         InputError: nothing there, or not the step asked for.
     """
-    if not load_dir.exists():
-        raise InputError(f"--load-dir {load_dir}: there is no such folder")
+    try:
+        if not load_dir.exists():
+            raise InputError(f"--load-dir {load_dir}: there is no such folder")
+        if not load_dir.is_dir() and not load_dir.is_file():
+            raise InputError(f"--load-dir {load_dir}: {file_problem(load_dir)}; give a run's folder")
+    except OSError as error:
+        raise InputError(f"--load-dir {load_dir}: {error.strerror}: allow reading it") from error
     if load_dir.is_file():
         if checkpoint_step(load_dir) is not None:
             return [load_dir]
@@ -164,9 +250,10 @@ def resume_candidates(load_dir: Path, relative_model_dir: Path, load_step: Optio
         raise InputError(f"--load-dir {load_dir}: no checkpoint (step-*.ckpt) there nor in {nested}")
     if load_step is not None:
         wanted = checkpoint_path(folder, load_step)
-        if wanted not in files or not is_whole(wanted):
-            steps = ", ".join(str(checkpoint_step(path)) for path in files if is_whole(path)) or "none"
-            what = "is damaged" if wanted in files else "is not there"
+        problem = damage(wanted)
+        if problem is not None:
+            steps = ", ".join(str(checkpoint_step(path)) for path in files if damage(path) is None) or "none"
+            what = f"is damaged ({problem})" if wanted in files else "is not there"
             raise InputError(f"--load-step {load_step}: {wanted} {what}; steps that can be loaded: {steps}")
         return [wanted]
     whole = whole_checkpoints(folder)
@@ -205,14 +292,28 @@ def random_state() -> dict[str, Any]:
     }
 
 
-def restore_random_state(state: Mapping[str, Any]) -> None:
-    """Continue the random sequences of `random_state`; the CUDA part only on as many devices as it was taken from."""
-    torch.set_rng_state(state["torch"])
-    if torch.cuda.is_available() and len(state["cuda"]) == torch.cuda.device_count():
-        torch.cuda.set_rng_state_all(state["cuda"])
-    np.random.set_state(tuple(state["numpy"]))
-    version, internal, gauss = state["python"]
-    random.setstate((version, tuple(internal), gauss))
+def restore_random_state(state: Mapping[str, Any], source: str = "the checkpoint") -> None:
+    """Continue the random sequences of `random_state`; the CUDA part only on as many devices as it was taken from.
+
+    Args:
+        state: of the generators.
+        source: of the state, for the error.
+
+    Raises:
+        InputError: a generator does not take it.
+    """
+    try:
+        torch.set_rng_state(state["torch"])
+        if torch.cuda.is_available() and len(state["cuda"]) == torch.cuda.device_count():
+            torch.cuda.set_rng_state_all(state["cuda"])
+        np.random.set_state(tuple(state["numpy"]))
+        version, internal, gauss = state["python"]
+        random.setstate((version, tuple(internal), gauss))
+    except (KeyError, TypeError, ValueError, RuntimeError, OverflowError) as error:
+        raise InputError(
+            f"{source} cannot be used: its state of the random numbers is none ({error}); it is damaged or was not"
+            " written by infnerf: use another one"
+        ) from error
 
 
 def _sync_folder(folder: Path) -> None:
@@ -237,7 +338,11 @@ def _delete_all_but(folder: Path, newest: str, keep: int) -> None:
     kept = [files[start], *[path for path in files[start + 1 :] if is_whole(path)][: keep - 1]]
     for path in files:
         if path not in kept:
-            try:
-                path.unlink()
-            except OSError as error:
-                warn(f"cannot delete the old checkpoint {path}: {error}")
+            _delete(path)
+
+
+def _delete(path: Path) -> None:
+    try:
+        path.unlink()
+    except OSError as error:
+        warn(f"cannot delete the old checkpoint {path}: {error}")

@@ -1,6 +1,7 @@
 """Parameter groups named ``<kind>_<octree level>``: their optimizers and learning rates, from one setting per kind."""
 
 import copy
+import math
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -62,20 +63,69 @@ def expand_optimizers(
     return expanded
 
 
-def optimizer_problems(kind: str, group: dict[str, Any]) -> list[str]:
+def optimizer_problems(kind: str, group: Any) -> list[str]:
     """What is wrong with the optimizer settings of a kind, a line each, naming the flag."""
-    optimizer, problems = group["optimizer"], []
-    if not 0 < optimizer.lr < 10:
-        problems.append(f"--optimizers.{kind}.optimizer.lr {optimizer.lr}: allowed is above 0 and below 10")
-    if not optimizer.eps > 0:
-        problems.append(f"--optimizers.{kind}.optimizer.eps {optimizer.eps}: allowed is above 0")
-    betas = getattr(optimizer, "betas", ())
-    if not all(0 <= beta < 1 for beta in betas):
-        values = " ".join(map(str, betas))
-        problems.append(f"--optimizers.{kind}.optimizer.betas {values}: allowed is 0 to below 1")
+    if not isinstance(group, dict) or "optimizer" not in group:
+        return [f"--optimizers.{kind}: needs an entry 'optimizer', and may have one 'scheduler'"]
+    optimizer, scheduler, problems = group["optimizer"], group.get("scheduler"), []
+
+    def require(part: str, name: str, value: Any, good: bool, allowed: str) -> None:
+        if not good:
+            shown = " ".join(map(str, value)) if isinstance(value, (tuple, list)) else value
+            problems.append(f"--optimizers.{kind}.{part}.{name.replace('_', '-')} {shown}: allowed is {allowed}")
+
+    rate = getattr(optimizer, "lr", None)
+    require("optimizer", "lr", rate, _is_number(rate) and 0 < rate < 10, "above 0 and below 10")
+    if hasattr(optimizer, "eps"):
+        require("optimizer", "eps", optimizer.eps, _is_number(optimizer.eps) and optimizer.eps > 0, "above 0")
+    betas = getattr(optimizer, "betas", (0.9, 0.99))
+    good = isinstance(betas, (tuple, list)) and len(betas) == 2 and all(_is_number(b) and 0 <= b < 1 for b in betas)
+    require("optimizer", "betas", betas, good, "0 to below 1, two of them")
+    norm = getattr(optimizer, "max_norm", None)
+    require("optimizer", "max_norm", norm, norm is None or _is_number(norm) and norm > 0, "above 0 (None: no clipping)")
     if isinstance(optimizer, NodeAdamOptimizerConfig) and optimizer.weight_decay:
         problems.append(f"--optimizers.{kind}.optimizer.weight-decay: not supported, it would visit every entry")
-    final = getattr(group.get("scheduler"), "lr_final", None)
-    if final is not None and not 0 < final < 10:
-        problems.append(f"--optimizers.{kind}.scheduler.lr-final {final}: allowed is above 0 and below 10")
+    if scheduler is None:
+        return problems
+    final, before = getattr(scheduler, "lr_final", None), getattr(scheduler, "lr_pre_warmup", 0)
+    good = final is None or _is_number(final) and 0 < final < 10
+    require("scheduler", "lr_final", final, good, "above 0 and below 10")
+    require("scheduler", "lr_pre_warmup", before, _is_number(before) and 0 <= before < 10, "0 to below 10")
+    name = "warm_up_end" if hasattr(scheduler, "warm_up_end") else "warmup_steps"
+    warmup, steps = getattr(scheduler, name, 0), getattr(scheduler, "max_steps", 1)
+    require("scheduler", name, warmup, _is_count(warmup), "a whole number, at least 0")
+    to_end = isinstance(scheduler, DecayToEndSchedulerConfig) and steps == 0
+    if _is_count(warmup) and not to_end:
+        good = _is_count(steps) and steps > warmup
+        require("scheduler", "max_steps", steps, good, f"more than the {warmup} of {name.replace('_', '-')}")
     return problems
+
+
+def accumulation_problems(steps: Any, kinds: Iterable[str]) -> list[str]:
+    """What is wrong with ``gradient_accumulation_steps``, a line each.
+
+    Args:
+        steps: by kind of parameter, or by group.
+        kinds: that there are.
+    """
+    flag, problems, kinds = "--gradient-accumulation-steps", [], list(kinds)
+    if not isinstance(steps, dict):
+        return [f"{flag} {steps}: must be groups with their numbers of steps, such as {{grids: 2}}"]
+    for name, count in steps.items():
+        match = level_group(str(name))
+        if name not in kinds and (match is None or match["kind"] not in kinds):
+            problems.append(
+                f"{flag} {name}: there is no such group; there are {', '.join(kinds)}, each also for one octree level,"
+                " as in grids_2"
+            )
+        if not _is_count(count) or count < 1:
+            problems.append(f"{flag} {name} {count}: allowed is a whole number, at least 1")
+    return problems
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def _is_count(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= 0

@@ -1,17 +1,18 @@
 """What happens when a step's loss or gradient is NaN or infinite: skip, count, and after several in a row go back."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Annotated
 
 import torch
 from torch import Tensor
 
+from infnerf_ns.kernels import bank_gradient
 from infnerf_ns.validation import Range
 
-LARGEST_CHECKED_GRADIENT = 1 << 20
-"""Gradients with more elements are not looked at: those are large banks, of which a step touches few rows. A NaN that
-reaches one is found when the next checkpoint is due, which reads every parameter."""
+LARGEST_CHECKED_BANK = 1 << 20
+"""Gradients of banks with more elements are not looked at before the step, which touches few of their rows: NodeAdam
+leaves out what is not finite among the entries that it visits."""
 
 
 @dataclass
@@ -49,14 +50,20 @@ class StepGuard:
         return True
 
 
-def gradients_finite(parameters: Iterable[Tensor]) -> bool:
-    """Whether the gradients of all parameters up to `LARGEST_CHECKED_GRADIENT` are finite; synchronises once."""
+def groups_not_finite(groups: Mapping[str, Iterable[Tensor]]) -> list[str]:
+    """Names of the groups of parameters with a gradient that is not finite; synchronises once. Banks whose gradient is
+    written in place count up to `LARGEST_CHECKED_BANK`."""
     sums = [
-        parameter.grad.sum(dtype=torch.float32)
+        (name, parameter.grad.sum(dtype=torch.float32))
+        for name, parameters in groups.items()
         for parameter in parameters
-        if parameter.grad is not None and parameter.grad.numel() <= LARGEST_CHECKED_GRADIENT
+        if parameter.grad is not None
+        and (parameter.grad.numel() <= LARGEST_CHECKED_BANK or bank_gradient(parameter) is None)
     ]
-    return not sums or bool(torch.isfinite(torch.stack(sums)).all())
+    if not sums:
+        return []
+    finite = torch.isfinite(torch.stack([total for _, total in sums])).tolist()
+    return sorted({name for (name, _), good in zip(sums, finite) if not good})
 
 
 def values_finite(tensors: Iterable[Tensor]) -> bool:

@@ -26,6 +26,7 @@ from infnerf_ns.data.capture.downscaling import downscale_images
 from infnerf_ns.data.capture.files import find_file
 from infnerf_ns.data.capture.georeference import CaptureOutputs, Georeference
 from infnerf_ns.data.capture.intrinsics import Intrinsics, from_colmap, set_kinds
+from infnerf_ns.data.capture.photos import check_first_photo
 from infnerf_ns.data.checks import check_pose, check_spread
 from infnerf_ns.data.point_files import Tracks
 from infnerf_ns.errors import InputError
@@ -100,6 +101,7 @@ class CaptureColmap(ColmapDataParser):
         self._georeference = Georeference.of(poses[:, :3, 3], applied)
         poses[:, :3, 3] -= self._georeference.offset
         frames = [self._frame(image, lens, pose) for image, lens, pose in zip(self._images, self._lenses, poses)]
+        check_first_photo(Path(frames[0]["file_path"]))
         return {"frames": frames, "camera_model": frames[0]["camera_model"]}
 
     def _frame(self, image: Image, lens: Intrinsics, pose: Float[np.ndarray, "4 4"]) -> dict[str, Any]:

@@ -11,6 +11,8 @@ import copy
 import json
 import math
 import tempfile
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -18,15 +20,15 @@ import numpy as np
 import torch
 from jaxtyping import Float
 from nerfstudio.data.dataparsers.nerfstudio_dataparser import Nerfstudio, NerfstudioDataParserConfig
-from PIL import Image
 from torch import Tensor
 
 from infnerf_ns.data.capture import splits
 from infnerf_ns.data.capture.files import PHOTO_ENDINGS, find_file
 from infnerf_ns.data.capture.georeference import CaptureOutputs, Georeference
 from infnerf_ns.data.capture.intrinsics import Intrinsics, from_transforms, set_kinds
+from infnerf_ns.data.capture.photos import check_first_photo, read_header
 from infnerf_ns.data.capture.point_cloud import read_ply
-from infnerf_ns.data.checks import MIN_TRAIN_PHOTOS, check_pose, check_spread, unreadable
+from infnerf_ns.data.checks import MIN_TRAIN_PHOTOS, check_pose, check_spread
 from infnerf_ns.errors import InputError
 from infnerf_ns.validation import warn
 
@@ -55,11 +57,8 @@ class CaptureTransforms(Nerfstudio):
     def _generate_dataparser_outputs(self, split: str = "train") -> CaptureOutputs:
         meta = self._clean(_read(self._path, self.config.data))
         data = self.config.data
-        with tempfile.TemporaryDirectory(prefix="infnerf-") as folder:
-            clean = Path(folder) / "transforms.json"
-            clean.write_text(json.dumps(meta), encoding="utf-8")
+        with _clean_file(meta) as self.config.data:
             try:
-                self.config.data = clean
                 outputs = self._georeference.restored(super()._generate_dataparser_outputs(split))
             finally:
                 self.config.data = data
@@ -78,6 +77,7 @@ class CaptureTransforms(Nerfstudio):
         self._georeference = Georeference.of(poses[:, :3, 3], _applied_transform(meta, self._path, self.config.data))
         poses[:, :3, 3] -= self._georeference.offset
         files = [find_file(folder, name, PHOTO_ENDINGS) for name in names]
+        check_first_photo(files[0])
         lenses = [
             from_transforms(frame, meta, lambda file=file: _photo_size(file), f"{self._path}: photo {name}")
             for frame, name, file in zip(frames, names, files)
@@ -141,6 +141,26 @@ class CaptureTransforms(Nerfstudio):
         points = {"points3D_xyz": self._georeference.in_scene(cloud.xyz, transform_matrix, scale_factor)}
         rgb = np.zeros_like(cloud.xyz, dtype=np.uint8) if cloud.rgb is None else cloud.rgb
         return points | {"points3D_rgb": torch.from_numpy(rgb)}
+
+
+@contextmanager
+def _clean_file(meta: dict[str, Any]) -> Iterator[Path]:
+    """A ``transforms.json`` for nerfstudio's parser, which reads files only.
+
+    Raises:
+        InputError: it cannot be written.
+    """
+    with ExitStack() as stack:
+        try:
+            folder = stack.enter_context(tempfile.TemporaryDirectory(prefix="infnerf-"))
+            path = Path(folder) / "transforms.json"
+            path.write_text(json.dumps(meta), encoding="utf-8")
+        except OSError as error:
+            raise InputError(
+                f"no temporary file can be written ({error.strerror or error}): make room, or set the environment"
+                " variable TMPDIR to a folder that can be written"
+            ) from error
+        yield path
 
 
 def _read(path: Path, data: Path) -> dict[str, Any]:
@@ -246,11 +266,5 @@ def _kept(meta: dict[str, Any], path: Path) -> dict[str, Any]:
 
 
 def _photo_size(file: Path) -> tuple[int, int]:
-    """Width and height of a photo, for files that do not give them."""
-    try:
-        with Image.open(file) as image:
-            return image.size
-    except FileNotFoundError as error:
-        raise InputError(f"photo {file} does not exist: restore the file or take it out of the capture") from error
-    except (OSError, SyntaxError, ValueError) as error:
-        raise unreadable(file, "photo", error) from error
+    """Width and height of a photo, for files that do not give them, as its EXIF tag turns it."""
+    return read_header(file, "photo").upright_size

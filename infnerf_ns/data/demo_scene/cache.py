@@ -8,7 +8,9 @@ that make the same scene at once, the second to finish drops its own.
 from __future__ import annotations
 
 import json
+import re
 import shutil
+import time
 import uuid
 import zlib
 from collections.abc import Callable
@@ -25,9 +27,12 @@ from rich.progress import track
 from infnerf_ns.data.demo_scene.flight import natural_count
 from infnerf_ns.data.demo_scene.photographer import Lens, Photographer
 from infnerf_ns.data.demo_scene.points import SurfacePoints
-from infnerf_ns.data.demo_scene.survey import Survey, threads
+from infnerf_ns.data.demo_scene.survey import Survey
+from infnerf_ns.data.thread_pool import threads
 from infnerf_ns.errors import InputError
 
+_ABANDONED = 3600.0
+"""Seconds without a change after which a draft is of a process that was killed."""
 FORMAT = 2
 """Raised whenever the same options give another scene."""
 _FOCAL_PER_WIDTH = 0.5 / np.tan(np.radians(30))
@@ -103,6 +108,7 @@ def load_or_make(folder: Path, load: Callable[[], _Content | None], make: Callab
     if folder.exists():
         CONSOLE.log(f"[yellow]infnerf-demo: {folder} is incomplete or damaged and is made again")
     draft = folder.with_name(f".{folder.name}.{uuid.uuid4().hex}")
+    _remove_abandoned(folder)
     try:
         draft.mkdir(parents=True)
         make(draft)
@@ -115,6 +121,18 @@ def load_or_make(folder: Path, load: Callable[[], _Content | None], make: Callab
     finally:
         shutil.rmtree(draft, ignore_errors=True)
     return content
+
+
+def _remove_abandoned(folder: Path) -> None:
+    """Removes what killed processes have left of this folder: drafts in which nothing has changed for an hour. One of a
+    process that is still at work is younger: it writes a photo every few seconds."""
+    for draft in folder.parent.glob(f".{folder.name}.*"):
+        try:
+            latest = max((each.lstat().st_mtime for each in (draft, *draft.iterdir())), default=0.0)
+        except OSError:  # gone meanwhile, or not ours to look at
+            continue
+        if re.fullmatch(r"[0-9a-f]{32}", draft.name.rpartition(".")[2]) and time.time() - latest > _ABANDONED:
+            shutil.rmtree(draft, ignore_errors=True)
 
 
 def _publish(load: Callable[[], _Content | None], draft: Path, folder: Path) -> _Content:

@@ -15,8 +15,8 @@ from rich.progress import track
 from infnerf_ns.data.demo_scene.cache import DemoScene, fingerprint, load_or_make
 from infnerf_ns.data.demo_scene.photographer import Photographer
 from infnerf_ns.data.demo_scene.raycaster import make_raycaster
-from infnerf_ns.data.demo_scene.survey import threads
 from infnerf_ns.data.demo_scene.town import build_town
+from infnerf_ns.data.thread_pool import threads
 
 FORMAT = 1
 """Raised whenever the same scene gives other depth images."""

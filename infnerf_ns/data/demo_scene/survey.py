@@ -6,10 +6,7 @@ block, and in a minute or two for a town of 8 x 8 blocks.
 
 from __future__ import annotations
 
-import os
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 
 import numpy as np
 from jaxtyping import Float64, UInt8
@@ -27,6 +24,7 @@ from infnerf_ns.data.demo_scene.points import (
 )
 from infnerf_ns.data.demo_scene.raycaster import make_raycaster
 from infnerf_ns.data.demo_scene.town import BLOCK, build_town
+from infnerf_ns.data.thread_pool import threads
 
 _WHOLE_SIZE = 4
 """Blocks per side of a town up to which every photo is asked for every point."""
@@ -95,14 +93,3 @@ class Survey:
         with threads() as pool:
             picked = list(pool.map(self.pick, range(len(self.poses))))
             return self.points(picked, [np.zeros((len(points.xyz), 3), np.uint8) for points in picked], pool)
-
-
-@contextmanager
-def threads() -> Iterator[ThreadPoolExecutor]:
-    """A thread per processor; an error or Ctrl-C drops what has not begun."""
-    with ThreadPoolExecutor(os.cpu_count() or 1) as pool:
-        try:
-            yield pool
-        except BaseException:
-            pool.shutdown(wait=False, cancel_futures=True)
-            raise
