@@ -5,6 +5,7 @@ import os
 os.environ.setdefault("NUMBA_NUM_THREADS", "4")  # the most that a test can ask for; read when numba is imported
 
 import random
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import hypothesis
@@ -57,3 +58,27 @@ def quiet_writers(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(writer, "EVENT_WRITERS", [])
     monkeypatch.setattr(writer, "EVENT_STORAGE", [])
     monkeypatch.setattr(writer, "GLOBAL_BUFFER", {})
+
+
+_TABLES = pytest.StashKey[dict[str, dict[str, Sequence[str]]]]()
+
+
+@pytest.fixture
+def report(request: pytest.FixtureRequest) -> Callable[..., None]:
+    """``report(title, columns, first, *others)`` adds a row to a table that is printed at the end of pytest's output; a
+    row with the same first entry is replaced."""
+    tables = request.config.stash.setdefault(_TABLES, {})
+
+    def add(title: str, columns: Sequence[str], first: str, *others: str) -> None:
+        tables.setdefault(title, {"": columns})[first] = (first, *others)
+
+    return add
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
+    """Prints the tables."""
+    for title, rows in config.stash.get(_TABLES, {}).items():
+        terminalreporter.section(title)
+        widths = [max(len(row[column]) for row in rows.values()) for column in range(len(rows[""]))]
+        for row in rows.values():
+            terminalreporter.write_line("  ".join(f"{cell:<{width}}" for cell, width in zip(row, widths)).rstrip())
