@@ -33,6 +33,9 @@ from infnerf_ns.presets import load_preset
 
 CAMERA_FIELDS = ("camera_to_worlds", "fx", "fy", "cx", "cy", "width", "height", "distortion_params", "camera_type")
 
+UNDECIDED = {"upright": None, "levels": {}}
+"""How photos were read of a capture without turned photos and without more than 8 bits."""
+
 
 def config_of(capture: Path, run: Path | None = None, **dataparser: Any) -> PyramidDataManagerConfig:
     settings = {"orientation_method": "up", "eval_mode": "interval", "eval_interval": 4, **dataparser}
@@ -129,7 +132,7 @@ def test_a_split_without_photos_and_cameras_without_distortion(tmp_path: Path) -
     none = DataparserOutputs(image_filenames=[], cameras=cameras[:0])
     scene = SfMScene.placeholder()
     parser = NerfstudioDataParserConfig(data=tmp_path)
-    CaptureRecord.of_capture(parser, {"train": train, "val": none, "test": none}, "val", scene, None).write(
+    CaptureRecord.of_capture(parser, {"train": train, "val": none, "test": none}, "val", scene, UNDECIDED, None).write(
         tmp_path / RECORD
     )
     record = CaptureRecord.read(tmp_path / RECORD)
@@ -428,7 +431,7 @@ def names_of(*names: str) -> DataparserOutputs:
 
 def record_of(*names: str) -> CaptureRecord:
     splits = {split: names_of(*names) for split in ("train", "val", "test")}
-    return CaptureRecord(Path("/cap"), {"class": "", "options": {}}, None, "val", {}, splits)
+    return CaptureRecord(Path("/cap"), {"class": "", "options": {}}, None, "val", {}, UNDECIDED, splits)
 
 
 def test_training_on_with_other_photos_names_them(capsys: pytest.CaptureFixture[str]) -> None:
