@@ -99,7 +99,7 @@ def make_paths_absolute(config: Any) -> None:
     parser = getattr(manager, "dataparser", None)
     data = getattr(config, "data", None) or getattr(manager, "data", None) or getattr(parser, "data", None)
     if data is not None and manager.data is not None:
-        manager.data = Path(data).absolute()
+        manager.data = _absolute(Path(data))
     _absolute_places(manager)
     if parser is None or not dataclasses.is_dataclass(parser):
         return
@@ -110,14 +110,19 @@ def make_paths_absolute(config: Any) -> None:
         value = getattr(parser, field.name)
         if isinstance(value, Path) and not value.is_absolute() and value.exists():
             if not (Path(parser.data) / value).exists():
-                setattr(parser, field.name, value.absolute())
+                setattr(parser, field.name, _absolute(value))
+
+
+def _absolute(path: Path) -> Path:
+    """The same file from everywhere; links stay, unless '..' behind one would lead to another folder."""
+    return path.resolve() if ".." in path.parts else path.absolute()
 
 
 def _absolute_places(section: Any) -> None:
     for field in dataclasses.fields(section) if dataclasses.is_dataclass(section) else ():
         value = getattr(section, field.name)
         if field.name in _PLACES and isinstance(value, Path):
-            setattr(section, field.name, value.absolute())
+            setattr(section, field.name, _absolute(value))
 
 
 class _RunLoader(UniqueKeyLoader):

@@ -279,9 +279,8 @@ def test_paths_of_a_training_lead_to_the_same_files_from_everywhere(
     assert folder == tmp_path / "out" / "cap" / "infnerf" / "run", "'.' has a name, which is the experiment's"
     read, _ = load_run_config(folder)
     assert read.data == read.pipeline.datamanager.data == read.pipeline.datamanager.dataparser.data == tmp_path / "cap"
-    assert read.output_dir.resolve() == tmp_path / "out" and read.output_dir.is_absolute()
-    assert read.load_dir.resolve() == tmp_path / "old" and read.load_dir.is_absolute()
-    assert read.get_base_dir().resolve() == folder
+    assert (read.output_dir, read.load_dir) == (tmp_path / "out", tmp_path / "old"), "whatever becomes of the capture"
+    assert read.get_base_dir() == folder
     assert read.relative_model_dir == Path("nerfstudio_models"), "starts from the run"
 
 

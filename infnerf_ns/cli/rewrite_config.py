@@ -39,7 +39,7 @@ class RewriteConfig:
         if self.data is not None:
             if not self.data.exists():
                 raise InputError(f"--data {self.data}: there is no such folder")
-            config.data = config.pipeline.datamanager.data = self.data.absolute()
+            config.data = config.pipeline.datamanager.data = self.data.resolve()
         manager = config.pipeline.datamanager
         capture = manager.data or manager.dataparser.data
         if capture.exists():  # else nobody knows what a relative path starts from
