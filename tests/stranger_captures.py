@@ -13,9 +13,9 @@ import json
 import os
 import struct
 from collections.abc import Callable, Iterable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from concurrent.futures import ThreadPoolExecutor
 from typing import Any, Literal, Protocol
 
 import cv2
