@@ -70,7 +70,7 @@ def drawable(camera: Cameras) -> Cameras:
 def _problem(content: Any) -> str | None:
     """What is wrong with a camera path, None if nothing is."""
     if not isinstance(content, dict) or not isinstance(content.get("camera_path"), list):
-        return "is no camera path; export it from the viewer"
+        return "cannot be read as a camera path; export it from the viewer"
     for key in ("render_width", "render_height"):
         if not _is_number(content.get(key)) or not 1 <= content[key] <= _LARGEST_SIDE:
             return f"{key} is {content.get(key)!r}: allowed is 1 to {_LARGEST_SIDE}"

@@ -75,7 +75,7 @@ def _crop(**changes: Any) -> dict:
         ({"render_height": None}, "render_height is None"),
         ({"seconds": 0}, "seconds is 0: allowed is a number above 0"),
         ({"camera_path": []}, "has no cameras"),
-        ({"camera_path": 5}, "is no camera path"),
+        ({"camera_path": 5}, "cannot be read as a camera path"),
         (_camera(camera_to_world=[math.nan] * 16), "camera 1: camera_to_world must be 16 finite numbers"),
         (_camera(camera_to_world=POSE[:12]), "camera 1: camera_to_world must be 16"),
         (_camera(fov=180), "camera 1: fov is 180: allowed is"),

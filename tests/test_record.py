@@ -22,6 +22,8 @@ from safetensors.torch import load_file, save
 from tiny_capture import HEIGHT, WIDTH, photo, write_capture, write_json
 
 from infnerf_ns.data.camera_rays import CameraRays
+from infnerf_ns.data.capture.photos import Levels
+from infnerf_ns.data.capture.reading import METADATA_KEY
 from infnerf_ns.data.capture.record import RECORD, CaptureRecord, RecordedOutputs, same_photos
 from infnerf_ns.data.pyramid_datamanager import PyramidDataManager, PyramidDataManagerConfig
 from infnerf_ns.data.sfm import SfMScene
@@ -30,6 +32,9 @@ from infnerf_ns.near_plane import NearPlanes
 from infnerf_ns.presets import load_preset
 
 CAMERA_FIELDS = ("camera_to_worlds", "fx", "fy", "cx", "cy", "width", "height", "distortion_params", "camera_type")
+
+UNDECIDED = {"upright": None, "levels": {}}
+"""How photos were read of a capture without turned photos and without more than 8 bits."""
 
 
 def config_of(capture: Path, run: Path | None = None, **dataparser: Any) -> PyramidDataManagerConfig:
@@ -98,22 +103,24 @@ def test_nothing_of_a_split_is_rounded_or_lost(tmp_path: Path) -> None:
     other = strange_split(capture)
     other.cameras.camera_to_worlds = other.cameras.camera_to_worlds + 1
     splits = {"train": split, "val": other, "test": other}
-    CaptureRecord.of_capture(parser, splits, "val", scene, 2).write(tmp_path / RECORD)
+    reading = {"upright": True, "levels": {"16 bit": [700.5, 9000.0]}}
+    CaptureRecord.of_capture(parser, splits, "val", scene, reading, 2).write(tmp_path / RECORD)
     record = CaptureRecord.read(tmp_path / RECORD)
     assert (record.data, record.held_out, record.downscale_factor) == (capture, "val", 2)
     assert record.scene == {"points": 4, "source": "tracks", "near": 1 / 3}
     assert record.dataparser["class"] == "NerfstudioDataParserConfig"
     assert record.dataparser["options"]["eval_mode"] == "fraction", "by what the photos were held out"
     read = record.outputs("train", capture)
+    photos = read.metadata[METADATA_KEY]
+    assert photos.upright is True and photos.levels == {"16 bit": Levels(700.5, 9000.0)}
     same_cameras(split.cameras, read.cameras)
     assert read.image_filenames == split.image_filenames and read.mask_filenames == split.mask_filenames
     for name in ("alpha_color", "dataparser_transform"):
         assert torch.equal(getattr(read, name), getattr(split, name)), name
     assert read.dataparser_transform.dtype == torch.float64 and read.dataparser_scale == 1 / 7
     assert torch.equal(read.scene_box.aabb, split.scene_box.aabb)
-    assert read.metadata == {"mask_color": (0.5, 0.25, 1.0)}, (
-        "points and tracks are in the checkpoint, as far as needed"
-    )
+    rest = {name: value for name, value in read.metadata.items() if name != METADATA_KEY}
+    assert rest == {"mask_color": (0.5, 0.25, 1.0)}, "points and tracks are in the checkpoint, as far as needed"
     same_cameras(other.cameras, record.outputs("test", capture).cameras)
     with safe_open(tmp_path / RECORD, framework="pt") as file:
         assert sum(name.endswith("camera_to_worlds") for name in file.keys()) == 2, "equal splits are stored once"
@@ -125,7 +132,7 @@ def test_a_split_without_photos_and_cameras_without_distortion(tmp_path: Path) -
     none = DataparserOutputs(image_filenames=[], cameras=cameras[:0])
     scene = SfMScene.placeholder()
     parser = NerfstudioDataParserConfig(data=tmp_path)
-    CaptureRecord.of_capture(parser, {"train": train, "val": none, "test": none}, "val", scene, None).write(
+    CaptureRecord.of_capture(parser, {"train": train, "val": none, "test": none}, "val", scene, UNDECIDED, None).write(
         tmp_path / RECORD
     )
     record = CaptureRecord.read(tmp_path / RECORD)
@@ -424,7 +431,7 @@ def names_of(*names: str) -> DataparserOutputs:
 
 def record_of(*names: str) -> CaptureRecord:
     splits = {split: names_of(*names) for split in ("train", "val", "test")}
-    return CaptureRecord(Path("/cap"), {"class": "", "options": {}}, None, "val", {}, splits)
+    return CaptureRecord(Path("/cap"), {"class": "", "options": {}}, None, "val", {}, UNDECIDED, splits)
 
 
 def test_training_on_with_other_photos_names_them(capsys: pytest.CaptureFixture[str]) -> None:

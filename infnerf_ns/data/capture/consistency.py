@@ -41,9 +41,7 @@ axes on fox, .19 mirrored.
 from __future__ import annotations
 
 import copy
-import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import permutations, product
 from pathlib import Path
@@ -63,6 +61,7 @@ from infnerf_ns.data.capture.reading import capture_photos
 from infnerf_ns.data.point_files import Tracks
 from infnerf_ns.data.projection import project, single_cameras
 from infnerf_ns.data.sfm import in_front
+from infnerf_ns.data.thread_pool import threads
 from infnerf_ns.errors import InputError
 
 SIDE = 256
@@ -361,8 +360,8 @@ def _pictures(
         small = read_thumbnail(outputs.image_filenames[index], SIDE, upright=upright(index), levels=levels)
         return cv2.GaussianBlur(small.astype(np.float32) @ _LUMA_CHROMA, (0, 0), BLUR)
 
-    with ThreadPoolExecutor(max_workers=min(8, os.cpu_count() or 1)) as threads:
-        return list(threads.map(load, chosen.tolist()))
+    with threads(most=8) as pool:
+        return list(pool.map(load, chosen.tolist()))
 
 
 def _samples(capture: _Capture, views: _Views, limit: int = MAX_POINTS) -> _Samples:

@@ -268,5 +268,5 @@ def _kept(meta: dict[str, Any], path: Path) -> dict[str, Any]:
 
 
 def _photo_size(file: Path) -> tuple[int, int]:
-    """Width and height of a photo, for files that do not give them, as its EXIF tag turns it."""
-    return read_header(file, "photo").upright_size
+    """Width and height of a photo as it is stored, for files that do not give them."""
+    return read_header(file, "photo").stored_size
