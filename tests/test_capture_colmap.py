@@ -315,3 +315,31 @@ def test_a_text_file_with_less_than_it_says_is_said(tmp_path: Path, capsys: pyte
     path.write_text("# Number of points: 90, mean track length: 3\n" + path.read_text())
     assert len(parse(tmp_path).metadata["points3D_xyz"]) == 60
     assert "says that it has 90 entries and has 60" in capsys.readouterr().err
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="this system has no FIFOs")
+@pytest.mark.parametrize("kind", ["bin", "txt"])
+@pytest.mark.parametrize("what", ["a named pipe (FIFO)", "a device"])
+def test_points_that_are_no_file(tmp_path: Path, kind: str, what: str) -> None:
+    """Opening a FIFO waits for ever, and /dev/zero never ends."""
+    write_colmap(tmp_path)
+    model = tmp_path / "sparse/0"
+    if kind == "bin":
+        to_binary(model)
+        for text in model.glob("*.txt"):
+            text.unlink()
+    path = model / f"points3D.{kind}"
+    path.unlink()
+    if what == "a device":
+        path.symlink_to("/dev/zero")
+    else:
+        os.mkfifo(path)
+    assert f"{path}: it is {what}, not a file" in refusal(tmp_path)
+
+
+def test_a_line_of_garbage_is_not_repeated_in_full(tmp_path: Path) -> None:
+    write_colmap(tmp_path)
+    points = tmp_path / "sparse/0/points3D.txt"
+    points.write_text("1 0.5 " + "x" * 100_000 + " 0 1 1 1 0.5 1 0\n")
+    message = refusal(tmp_path)
+    assert "points3D.txt, line 1 is not as COLMAP writes it" in message and len(message) < 400

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -252,4 +253,22 @@ def test_no_room_for_temporary_files(tmp_path: Path, monkeypatch: pytest.MonkeyP
 
     monkeypatch.setattr("tempfile.mkdtemp", full)
     with pytest.raises(InputError, match="No space left on device.*TMPDIR"):
+        parse(tmp_path)
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="this system has no FIFOs")
+@pytest.mark.parametrize("name", ["transforms.json", "sparse_pc.ply"])
+@pytest.mark.parametrize("what", ["a named pipe (FIFO)", "a device", "a folder"])
+def test_a_file_that_is_none(tmp_path: Path, name: str, what: str) -> None:
+    """Opening a FIFO waits for ever, and /dev/zero never ends."""
+    write_capture(tmp_path)
+    path = tmp_path / name
+    path.unlink()
+    if what == "a device":
+        path.symlink_to("/dev/zero")
+    elif what == "a folder":
+        path.mkdir()
+    else:
+        os.mkfifo(path)
+    with pytest.raises(InputError, match=re.escape(f"{path}: it is {what}, not a file")):
         parse(tmp_path)

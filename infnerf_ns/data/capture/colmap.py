@@ -30,6 +30,7 @@ from infnerf_ns.data.capture.photos import check_first_photo
 from infnerf_ns.data.checks import check_pose, check_spread
 from infnerf_ns.data.point_files import Tracks
 from infnerf_ns.errors import InputError
+from infnerf_ns.regular_files import require_regular_file
 from infnerf_ns.validation import warn
 
 _Z_UP = np.array([[1.0, 0, 0, 0], [0, 0, 1, 0], [0, -1, 0, 0]])
@@ -200,6 +201,7 @@ def _beside(folder: Path, name: str) -> Path:
 
 def _listed(path: Path) -> list[str]:
     """The photos of a list file, one a line."""
+    require_regular_file(path, "the list of photos")
     try:
         lines = path.read_text(encoding="utf-8-sig").splitlines()
     except (OSError, UnicodeDecodeError) as error:

@@ -19,10 +19,13 @@ from jaxtyping import Float64, Int64, UInt8
 
 from infnerf_ns.data.capture.intrinsics import COLMAP_MODELS, UNDISTORT
 from infnerf_ns.errors import InputError
+from infnerf_ns.regular_files import require_regular_file
 from infnerf_ns.validation import warn
 
 Format = Literal["bin", "txt"]
 _MATCH = np.dtype([("xy", "<f8", 2), ("point", "<i8")])
+_LONGEST_REASON = 120
+"""Characters of an exception, which may repeat a whole damaged line."""
 _TRACK = np.dtype([("image", "<i4"), ("match", "<i4")])
 
 
@@ -247,6 +250,7 @@ def _compare_count(path: Path, found: int) -> None:
 
 def _text_lines(path: Path, blank: bool = False) -> Iterator[tuple[int, str]]:
     """Numbered lines without comments, and without empty ones unless they are asked for."""
+    require_regular_file(path, "the COLMAP file")
     try:
         content = path.read_text(encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
@@ -268,7 +272,8 @@ class _line:
 
     def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
         if isinstance(error, (ValueError, IndexError, OverflowError)):
-            raise InputError(f"{self._where} is not as COLMAP writes it ({error}): write the model again") from error
+            reason = str(error) if len(str(error)) <= _LONGEST_REASON else f"{str(error)[:_LONGEST_REASON]}..."
+            raise InputError(f"{self._where} is not as COLMAP writes it ({reason}): write the model again") from error
 
 
 class _Cursor:
@@ -281,6 +286,7 @@ class _Cursor:
 
     def __init__(self, path: Path, what: str) -> None:
         self._path, self._what, self._at = path, what, 8
+        require_regular_file(path, "the COLMAP file")
         try:
             self._data = path.read_bytes()
         except OSError as error:

@@ -15,6 +15,7 @@ import numpy as np
 from jaxtyping import Float64, UInt8
 
 from infnerf_ns.errors import InputError
+from infnerf_ns.regular_files import require_regular_file
 
 _LARGEST_HEADER = 1 << 16
 _BYTES = {
@@ -62,6 +63,7 @@ def read_ply(path: Path) -> Cloud:
 
 def _vertices(path: Path) -> int:
     """The number of points that the header promises, if the file is large enough for them."""
+    require_regular_file(path, "the points")
     try:
         size = path.stat().st_size
         with open(path, "rb") as file:

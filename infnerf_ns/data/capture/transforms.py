@@ -30,6 +30,7 @@ from infnerf_ns.data.capture.photos import check_first_photo, read_header
 from infnerf_ns.data.capture.point_cloud import read_ply
 from infnerf_ns.data.checks import MIN_TRAIN_PHOTOS, check_pose, check_spread
 from infnerf_ns.errors import InputError
+from infnerf_ns.regular_files import require_regular_file
 from infnerf_ns.validation import warn
 
 _IMPLIED_TRANSFORM = [[0.0, 1.0, 0.0, 0.0], [1.0, 0.0, 0.0, 0.0], [0.0, 0.0, -1.0, 0.0]]
@@ -176,6 +177,7 @@ def _read(path: Path, data: Path) -> dict[str, Any]:
             f"{path} does not exist: run ns-process-data on the photos, "
             "or choose the dataparser that fits the folder (e.g. 'colmap')"
         )
+    require_regular_file(path, "the capture's file")
     try:
         meta = json.loads(path.read_text(encoding="utf-8-sig"))
     except (OSError, ValueError, RecursionError) as error:
