@@ -11,6 +11,7 @@ is imported and compiled, and forks; nothing is started anew for a mutation.
 from __future__ import annotations
 
 import argparse
+import copy
 import io
 import json
 import math
@@ -29,13 +30,13 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
 os.environ.setdefault("NUMBA_THREADING_LAYER", "workqueue")  # the one that survives fork()
-for _name in ("OMP_NUM_THREADS", "NUMBA_NUM_THREADS"):
-    os.environ.setdefault(_name, "1")
-os.environ["TRITON_INTERPRET"] = "1"
+os.environ.setdefault("NUMBA_NUM_THREADS", "1")
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import numpy as np
 import torch
@@ -48,8 +49,9 @@ MEMORY = 2 << 30
 """bytes that it may take on top of what the program has before"""
 ADDRESS_SPACE = 3 << 30
 """bytes of address space on top of what the program has before; more is refused, so that this machine's does not end"""
+_GOOD = ("same", "line", "warned", "other")
 BAD = ("traceback", "crash", "hang", "memory", "executed", "lines")
-Outcome = Literal["same", "line", "other", "traceback", "crash", "hang", "memory", "executed", "lines"]
+Outcome = Literal["same", "line", "warned", "other", "traceback", "crash", "hang", "memory", "executed", "lines"]
 
 
 @dataclass(frozen=True)
@@ -276,7 +278,9 @@ def yaml_file(marker: str) -> Callable[[random.Random, bytes], Mutation]:
     def mutate(rng: random.Random, data: bytes) -> Mutation:
         how = rng.random()
         if how < 0.25:
-            return any_file(rng, data)
+            mutation = any_file(rng, data)
+            # Settings less have a meaning.
+            return replace(mutation, may_differ=mutation.special is None or mutation.may_differ)
         if how < 0.28:
             return Mutation("a billion laughs", (laughs + "b: *a11\n").encode() + data)
         if how < 0.3:
@@ -521,8 +525,6 @@ class Workshop:
         self.folder = folder
         self.marker = folder / "executed"
         """made by whatever a file has executed"""
-        self._run: Path | None = None
-        self._packed: Path | None = None
 
     # Captures
 
@@ -598,61 +600,58 @@ class Workshop:
 
     # Runs
 
-    @property
+    @cached_property
     def run(self) -> Path:
         """The folder of a trained run, whose weights look as if it had learnt something."""
-        if self._run is None:
-            from tiny_model import tiny_config
+        from tiny_model import tiny_config
 
-            from infnerf_ns.presets import load_preset
-            from infnerf_ns.torch_compat import allow_numpy_scalars
-            from infnerf_ns.training import checkpoints
+        from infnerf_ns.presets import load_preset
+        from infnerf_ns.torch_compat import allow_numpy_scalars
+        from infnerf_ns.training import checkpoints
 
-            allow_numpy_scalars()
-            config = load_preset("infnerf", "cpu")
-            config.pipeline.model = tiny_config(
-                sampler={"interval_footprint": 0.0}, start="full", full_level=1, level_start_steps=1
-            )
-            config.pipeline.datamanager.dataparser.downscale_factor = 1
-            config.pipeline.datamanager.train_num_rays_per_batch = 64
-            config.data = config.pipeline.datamanager.data = self._transforms("trained")
-            config.output_dir, config.experiment_name, config.timestamp = self.folder / "outputs", "fuzz", "run"
-            config.vis, config.max_num_iterations, config.steps_per_save = "tensorboard", 4, 0
-            config.steps_per_eval_batch = config.steps_per_eval_image = config.steps_per_eval_all_images = 0
-            config.save_config()
-            trainer = config.setup(local_rank=0, world_size=1)
-            trainer.setup()
-            trainer.train()
-            self._run = config.get_base_dir()
-            path = checkpoints.list_checkpoints(self._run / config.relative_model_dir)[0]
-            state = torch.load(path, weights_only=True)
-            generator = torch.Generator().manual_seed(9)
-            for name, value in state["pipeline"].items():
-                if name.startswith(("_model.field.grids", "_model.field.decoders", "_model.field.proposals")):
-                    value.add_(0.2 * torch.randn(value.shape, generator=generator))
-            path.write_bytes(_saved(state))
-        return self._run
+        allow_numpy_scalars()
+        config = load_preset("infnerf", "cpu")
+        config.pipeline.model = tiny_config(
+            sampler={"interval_footprint": 0.0}, start="full", full_level=1, level_start_steps=1
+        )
+        config.pipeline.datamanager.dataparser.downscale_factor = 1
+        config.pipeline.datamanager.train_num_rays_per_batch = 64
+        config.data = config.pipeline.datamanager.data = self._transforms("trained")
+        config.output_dir, config.experiment_name, config.timestamp = self.folder / "outputs", "fuzz", "run"
+        config.vis, config.max_num_iterations, config.steps_per_save = "tensorboard", 4, 0
+        config.steps_per_eval_batch = config.steps_per_eval_image = config.steps_per_eval_all_images = 0
+        config.save_config()
+        trainer = config.setup(local_rank=0, world_size=1)
+        trainer.setup()
+        trainer.train()
+        folder = config.get_base_dir()
+        path = checkpoints.list_checkpoints(folder / config.relative_model_dir)[0]
+        state = torch.load(path, weights_only=True)
+        generator = torch.Generator().manual_seed(9)
+        for name, value in state["pipeline"].items():
+            if name.startswith(("_model.field.grids", "_model.field.decoders", "_model.field.proposals")):
+                value.add_(0.2 * torch.randn(value.shape, generator=generator))
+        path.write_bytes(_saved(state))
+        return folder
 
-    @property
+    @cached_property
     def packed(self) -> Path:
         """The same run, packed."""
-        if self._packed is None:
-            from infnerf_ns.cli.pack import pack_run
+        from infnerf_ns.cli.pack import pack_run
 
-            self._packed = pack_run(self.run, half=False, overwrite=False, progress=iter).folder
-            assert list(self._packed.rglob("*.safetensors")), "a tree of the root alone"
-        return self._packed
+        folder = pack_run(self.run, half=False, overwrite=False, progress=iter).folder
+        assert list(folder.rglob("*.safetensors")), "a tree of the root alone"
+        return folder
 
     def render(self, run: Path) -> Any:
-        """A picture by the model of a run."""
-        from nerfstudio.cameras.cameras import CameraType
-        from tiny_model import tiny_camera
-
+        """A picture by the model of a run, from where a photo was taken, with a longer lens."""
         from infnerf_ns.cli.runs import open_run
 
-        model = open_run(run, test_mode="inference").pipeline.model
+        pipeline = open_run(run, test_mode="inference").pipeline
+        camera = copy.deepcopy(pipeline.datamanager.train_dataset.cameras[:1])
+        camera.fx, camera.fy = 4 * camera.fx, 4 * camera.fy
         with torch.no_grad():
-            outputs = model.get_outputs_for_camera(tiny_camera(CameraType.PERSPECTIVE, 60.0, 24, 16))
+            outputs = pipeline.model.get_outputs_for_camera(camera)
         return _plain({name: outputs[name] for name in ("rgb", "depth", "accumulation")})
 
     def resume(self) -> Any:
@@ -673,34 +672,33 @@ class Workshop:
         shutil.rmtree(config.get_base_dir(), ignore_errors=True)
         return _plain({name: value for name, value in state.items() if "field" in name})
 
+    @cached_property
     def camera_path(self) -> Path:
         """As the viewer exports it."""
         path = self.folder / "camera_path.json"
-        if not path.exists():
-            frame = {"camera_to_world": np.eye(4).reshape(-1).tolist(), "fov": 50.0, "aspect": 1.5}
-            crop = {"crop_center": [0.0, 0.0, 0.0], "crop_scale": [1.0, 1.0, 1.0], "crop_rot": [0.0, 0.0, 0.0]}
-            content = {
-                **{"camera_type": "perspective", "render_height": 16, "render_width": 24, "fps": 24, "seconds": 1.0},
-                **{"smoothness_value": 0.5, "is_cycle": False, "keyframes": [], "camera_path": [frame, dict(frame)]},
-                "crop": {**crop, "crop_bg_color": {"r": 0, "g": 0, "b": 0}},
-            }
-            path.write_text(json.dumps(content))
+        frame = {"camera_to_world": np.eye(4).reshape(-1).tolist(), "fov": 50.0, "aspect": 1.5}
+        crop = {"crop_center": [0.0, 0.0, 0.0], "crop_scale": [1.0, 1.0, 1.0], "crop_rot": [0.0, 0.0, 0.0]}
+        content = {
+            **{"camera_type": "perspective", "render_height": 16, "render_width": 24, "fps": 24, "seconds": 1.0},
+            **{"smoothness_value": 0.5, "is_cycle": False, "keyframes": [], "camera_path": [frame, dict(frame)]},
+            "crop": {**crop, "crop_bg_color": {"r": 0, "g": 0, "b": 0}},
+        }
+        path.write_text(json.dumps(content))
         return path
 
     def flown(self) -> Any:
         """The first view of a camera path, as infnerf-inspect renders it."""
         from infnerf_ns.cli.inspect_view import look, path_cameras
 
-        cameras = path_cameras(self.camera_path())
-        view = look(self._warm_model(), cameras[0:1], "first")
+        cameras = path_cameras(self.camera_path)
+        view = look(self._warm_model, cameras[0:1], "first")
         return _plain({"rgb": view.rgb, "pose": view.camera_to_world})
 
+    @cached_property
     def _warm_model(self) -> Any:
-        if not hasattr(self, "_model"):
-            from infnerf_ns.cli.runs import open_run
+        from infnerf_ns.cli.runs import open_run
 
-            self._model = open_run(self.run, test_mode="inference").pipeline.model
-        return self._model
+        return open_run(self.run, test_mode="inference").pipeline.model
 
     def map(self) -> Any:
         """The frame of a map of the run."""
@@ -709,20 +707,18 @@ class Workshop:
         frame = map_frame(self.run, np.array([0.0, 0.0, 1.0]))
         return _plain(asdict(frame))
 
+    @cached_property
     def preset_file(self) -> Path:
         """A preset of one's own."""
         from infnerf_ns.presets import presets_folder
 
-        path = self.folder / "preset.yaml"
-        if not path.exists():
-            shutil.copy(presets_folder() / "infnerf-small.yaml", path)
-        return path
+        return Path(shutil.copy(presets_folder() / "infnerf-small.yaml", self.folder / "preset.yaml"))
 
     def preset(self) -> Any:
         """Its settings."""
         from infnerf_ns.presets import load_preset
 
-        return repr(load_preset(self.preset_file(), "cpu"))
+        return repr(load_preset(self.preset_file, "cpu"))
 
     def kinds(self) -> dict[str, Callable[[str], Kind]]:
         """What makes each kind of file, by its name."""
@@ -800,8 +796,8 @@ class Workshop:
             "capture.safetensors": one(of_run("capture.safetensors"), rendered, safetensors_file),
             "config.yml": one(of_run("config.yml"), rendered, yaml_file(marker)),
             "dataparser_transforms.json": one(of_run("dataparser_transforms.json"), self.map, json_file(marker)),
-            "preset": one(self.preset_file, self.preset, yaml_file(marker)),
-            "camera path": one(self.camera_path, self.flown, json_file(marker)),
+            "preset": one(lambda: self.preset_file, self.preset, yaml_file(marker)),
+            "camera path": one(lambda: self.camera_path, self.flown, json_file(marker)),
         }
 
 
@@ -874,10 +870,13 @@ def run_mutation(kind: Kind, number: int, expected: Any, workshop: Workshop, ver
     if workshop.marker.exists():
         workshop.marker.unlink()
         outcome, detail = "executed", "the file has executed a command"
-    if outcome in ("same", "line", "other") and peak > MEMORY:
+    if outcome not in BAD and peak > MEMORY:
         outcome, detail = "memory", f"{peak >> 20} MiB; {detail}"
     if outcome not in ("same",) and b"Traceback (most recent call last)" in log.read_bytes():
         outcome, detail = "traceback", log.read_text(errors="replace")[-1500:]
+    warnings = [line for line in log.read_text(errors="replace").splitlines() if line.startswith("infnerf: warning: ")]
+    if outcome == "other" and any(path.name in line for line in warnings):
+        outcome = "warned"
     if verbose:
         print(log.read_text(errors="replace")[-6000:])
     wrong = outcome in BAD or (outcome == "other" and not mutation.may_differ)
@@ -933,17 +932,19 @@ def run(
         for number in [only] if only is not None else range(count):
             results.append(run_mutation(kind, number, expected, workshop, verbose))
             told(results[-1])
+        print("  ".join(table([each for each in results if each.kind == name])[1]), flush=True)
     return results
 
 
 def table(results: list[Result]) -> list[tuple[str, ...]]:
-    """Rows of outcomes by kind, with a head."""
-    rows = [("kind of file", "mutations", "same", "line", "other", "wrong", "seconds", "slowest", "peak MiB")]
+    """Rows of outcomes by kind, with a head: the same result as the whole file's, one line, another result and a
+    warning that names the file, another result that the changed file means; and how many are wrong."""
+    rows = [("kind of file", "mutations", *_GOOD, "wrong", "seconds", "slowest", "peak MiB")]
     for name in dict.fromkeys(result.kind for result in results):
         mine = [result for result in results if result.kind == name]
         counts = Counter(result.outcome for result in mine)
         seconds = [result.seconds for result in mine]
-        numbers = [len(mine), *(counts[outcome] for outcome in ("same", "line", "other")), sum(r.wrong for r in mine)]
+        numbers = [len(mine), *(counts[outcome] for outcome in _GOOD), sum(result.wrong for result in mine)]
         peak = max(result.megabytes for result in mine)
         rows.append((name, *map(str, numbers), f"{sum(seconds):.0f}", f"{max(seconds):.1f}", f"{peak:.0f}"))
     return rows
@@ -963,14 +964,15 @@ def main() -> None:
 
     def told(result: Result) -> None:
         if result.wrong or given.only is not None:
-            print(f"{result.kind} {result.number}: {result.outcome}: {result.what}\n    {result.detail}", flush=True)
+            detail = result.detail if given.only is not None else result.detail[-300:]
+            print(f"{result.kind} {result.number}: {result.outcome}: {result.what}\n    {detail}", flush=True)
 
     with tempfile.TemporaryDirectory(prefix="infnerf-fuzz-") as folder:
         results = run(Workshop(Path(folder)), given.kinds, given.count, given.only, told, given.verbose)
     if given.json is not None:
         given.json.write_text(json.dumps([asdict(result) for result in results]))
     for row in table(results):
-        print("  ".join(f"{cell:<{width}}" for cell, width in zip(row, (28, 9, 5, 5, 5, 5, 7, 7, 8))))
+        print("  ".join(f"{cell:<{width}}" for cell, width in zip(row, (28, 9, 5, 5, 6, 5, 5, 7, 7, 8))))
     sys.exit(any(result.wrong for result in results))
 
 
