@@ -17,10 +17,11 @@ from PIL import Image, ImageOps
 from tiny_capture import shared_capture, write_capture, write_json
 
 from infnerf_ns.data.capture.consistency import ConsistencyReport, check_consistency
+from infnerf_ns.data.capture.parsers import read_split
 from infnerf_ns.data.demo_dataparser import InfNeRFDemoDataParserConfig
 from infnerf_ns.data.point_files import Tracks
 from infnerf_ns.data.projection import project
-from infnerf_ns.data.pyramid_datamanager import PyramidDataManager, PyramidDataManagerConfig, read_split, with_points
+from infnerf_ns.data.pyramid_datamanager import PyramidDataManager, PyramidDataManagerConfig
 from infnerf_ns.errors import InputError
 
 FLIP = np.diag([1.0, -1.0, -1.0, 1.0])
@@ -30,7 +31,7 @@ def parse(folder: Path, **settings: Any) -> DataparserOutputs:
     """The train split, all photos, with points."""
     settings = {"orientation_method": "none", "eval_mode": "all", "downscale_factor": 1, **settings}
     config = NerfstudioDataParserConfig(data=folder, **settings)
-    return read_split(with_points(config, True), "train")
+    return read_split(config, "train", points=True)
 
 
 def refusal(what: Callable[[], Any]) -> str:
