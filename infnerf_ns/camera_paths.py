@@ -16,6 +16,8 @@ import torch
 from nerfstudio.cameras.cameras import Cameras
 
 from infnerf_ns.errors import InputError
+from infnerf_ns.regular_files import require_regular_file
+from infnerf_ns.validation import shortened
 
 _LARGEST_SIDE = 65535
 """Pixels; of a JPEG."""
@@ -34,13 +36,14 @@ def read_camera_path(path: Path, flag: str) -> dict[str, Any]:
     Raises:
         InputError: it cannot be read, or something in it is missing, of another kind or no number.
     """
+    require_regular_file(path, flag)
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
         problem = _problem(content)
     except OSError as error:
         raise InputError(f"{flag} {path}: cannot be read ({error.strerror or error})") from None
     except (ValueError, RecursionError) as error:
-        raise InputError(f"{flag} {path}: is not JSON ({error}); export it from the viewer") from None
+        raise InputError(f"{flag} {path}: is not JSON ({shortened(str(error))}); export it from the viewer") from None
     if problem is not None:
         raise InputError(f"{flag} {path}: {problem}")
     return content
@@ -120,10 +123,15 @@ def _crop_problem(crop: Any) -> str | None:
 
 
 def _flat(values: Any) -> list[Any] | None:
-    """A list, or one of rows."""
+    """The numbers of a list, or of one of rows of equal length."""
     if not isinstance(values, list):
         return None
-    return [each for row in values for each in (row if isinstance(row, list) else [row])]
+    rows = [row for row in values if isinstance(row, list)]
+    if not rows:
+        return values
+    if len(rows) < len(values) or len({len(row) for row in rows}) > 1:
+        return None
+    return [each for row in rows for each in row]
 
 
 def _is_number(value: Any) -> bool:

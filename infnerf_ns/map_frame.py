@@ -17,6 +17,7 @@ import numpy as np
 from jaxtyping import Float
 
 from infnerf_ns.errors import InputError
+from infnerf_ns.validation import shortened
 
 TRANSFORMS = "dataparser_transforms.json"
 _UPRIGHT = np.cos(np.radians(15))
@@ -77,8 +78,10 @@ def map_frame(
                 np.isfinite(transform).all() and scale > 0 and np.allclose(rotation @ rotation.T, np.eye(3), atol=1e-3)
             ):
                 raise ValueError("it is not a rotation, a shift and a scale")
-        except (OSError, ValueError, KeyError, TypeError) as error:
-            raise InputError(f"{path} cannot be read ({error}): copy it from the run that ns-train wrote") from error
+        except (OSError, ValueError, KeyError, TypeError, OverflowError, RecursionError) as error:
+            raise InputError(
+                f"{path} cannot be read ({shortened(str(error))}): copy it from the run that ns-train wrote"
+            ) from error
     capture = rotation.T  # its axes as rows
     tree_up = np.asarray(tree_up, np.float64) / np.linalg.norm(tree_up)
     if up == "capture" or (up == "auto" and capture[2] @ tree_up > _UPRIGHT):

@@ -124,6 +124,8 @@ def read_yaml(path: Path) -> dict[str, Any]:
         mark = getattr(error, "problem_mark", None)
         place = f", line {mark.line + 1}" if mark is not None else ""
         raise InputError(f"{path}{place}: not valid YAML: {getattr(error, 'problem', None) or error}") from error
+    except (ValueError, RecursionError) as error:  # numbers of thousands of digits, thousands of brackets
+        raise InputError(f"{path}: not YAML that can be read ({shortened(str(error))})") from error
     if content is None:
         return {}
     if not isinstance(content, dict):
@@ -328,7 +330,12 @@ def _show(value: Any) -> str:
 
 def describe(value: Any) -> str:
     """A value as an error shows it, with its type."""
-    return f"{value!r} ({type(value).__name__})"
+    return f"{shortened(repr(value))} ({type(value).__name__})"
+
+
+def shortened(text: str, most: int = 80) -> str:
+    """The beginning of a text that may be as long as a file."""
+    return text if len(text) <= most else f"{text[:most]}..."
 
 
 def _suggest(name: str, allowed: list[str]) -> str:

@@ -78,6 +78,8 @@ def _crop(**changes: Any) -> dict:
         ({"camera_path": 5}, "cannot be read as a camera path"),
         (_camera(camera_to_world=[math.nan] * 16), "camera 1: camera_to_world must be 16 finite numbers"),
         (_camera(camera_to_world=POSE[:12]), "camera 1: camera_to_world must be 16"),
+        (_camera(camera_to_world=[*POSE[:15], [1.0]]), "camera 1: camera_to_world must be 16"),
+        (_camera(camera_to_world=[POSE[:4], POSE[4:8], POSE[8:13], POSE[13:]]), "camera 1: camera_to_world must be 16"),
         (_camera(fov=180), "camera 1: fov is 180: allowed is"),
         (_camera(fov=None), "camera 1: fov is None"),
         ({"camera_path": ["x"]}, "camera 0: camera_to_world"),
@@ -94,7 +96,7 @@ def test_what_nerfstudio_cannot_draw_is_refused(tmp_path: Path, changes: dict, s
 
 
 def test_files_that_are_none(tmp_path: Path) -> None:
-    with pytest.raises(InputError, match="cannot be read .No such file"):
+    with pytest.raises(InputError, match="none.json: there is no such file"):
         read_camera_path(tmp_path / "none.json", "--camera-path")
     for content in (b"{", b"\xff\xfe", b"[" * 100_000):
         (tmp_path / "path.json").write_bytes(content)

@@ -329,9 +329,9 @@ def test_missing_depth_image(tmp_path: Path, index: int, split: str, count: int)
     [
         ("005.png", b"no picture", "cannot identify image file '{path}'"),
         ("005.png", None, "image file is truncated"),
-        ("005.npy", b"no array", "Cannot load file containing pickled data when allow_pickle=False"),
-        ("005.npy", b"", "No data left in file"),
-        ("005.npy", None, "cannot reshape array of size"),
+        ("005.npy", b"no array", "the magic string is not correct"),
+        ("005.npy", b"", "EOF: reading magic string"),
+        ("005.npy", None, "its header claims 1536 bytes"),
     ],
 )
 def test_unreadable_depth_image(tmp_path: Path, name: str, content: bytes | None, reason: str) -> None:

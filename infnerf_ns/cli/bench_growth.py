@@ -45,7 +45,7 @@ class Growth(Command):
     """Size of the photos, relative."""
     size: int = 1
     """Blocks per side of the demo town."""
-    district: Annotated[tuple[float, float, float, float], Range(0, 1)] = (0.5, 0.5, 1.0, 1.0)
+    district: tuple[float, float, float, float] = (0.5, 0.5, 1.0, 1.0)
     """Least x, least y, largest x, largest y in the root cube of all points, 0 to 1, seen from above: a quarter, for
     which the root then has no children. All trainings have that cube."""
     preset: str = "infnerf-small:pipeline.model.octree.node_resolution=64:pipeline.model.field.log2_table_size=14"
@@ -82,9 +82,11 @@ class Growth(Command):
                 pixels=self.pixels,
                 clock=self.clock,
                 seed=self.seed,
-                output=self.output,
+                output=self.output.with_name(f"{self.output.name}-{number}"),  # each trains in a folder of its own
             )
-            for name, every in (("all points", 0), ("without", 0), ("without, growing", self.every))
+            for number, (name, every) in enumerate(
+                (("all points", 0), ("without", 0), ("without, growing", self.every))
+            )
         }
         parser = InfNeRFDemoDataParserConfig(size=self.size) if str(self.data) == "demo" else None
         for name, training in trainings.items():

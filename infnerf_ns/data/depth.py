@@ -7,7 +7,10 @@ scale, are depths along the viewing axis, as everywhere in nerfstudio; the data 
 
 from __future__ import annotations
 
+import math
+import os
 from pathlib import Path
+from tokenize import TokenError
 
 import cv2
 import numpy as np
@@ -36,6 +39,8 @@ STEPS_PER_OCTAVE = 4096
 half a pixel at a focal length of 1000; float32 would need more memory than the colours."""
 BYTES_PER_PIXEL = 2
 _UNKNOWN = -(1 << 15)
+_ARRAY_HEADERS = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}
+"""Of ``.npy`` files, by version; the third one is for arrays with fields, which no depth image is."""
 
 
 def depth_files(outputs: DataparserOutputs) -> list[Path]:
@@ -122,8 +127,13 @@ def _read_array(path: Path) -> tuple[np.ndarray, int]:
     """The numbers of a ``.npy`` file, which has no EXIF orientation (1)."""
     try:
         require_regular_file(path, "depth image")
+        with open(path, "rb") as file:  # the size that it claims, before there is memory for it
+            shape, _, kind = _ARRAY_HEADERS[np.lib.format.read_magic(file)](file)
+            claimed = math.prod(shape) * kind.itemsize
+            if claimed > os.fstat(file.fileno()).st_size:
+                raise ValueError(f"its header claims {claimed} bytes")
         return np.load(path, allow_pickle=False), 1
-    except (OSError, EOFError, SyntaxError, ValueError, TypeError) as error:
+    except (OSError, EOFError, SyntaxError, ValueError, TypeError, LookupError, TokenError) as error:
         raise unreadable(path, "depth image", error) from error
 
 

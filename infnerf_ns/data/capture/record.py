@@ -33,7 +33,7 @@ from infnerf_ns.data.capture.georeference import CaptureOutputs
 from infnerf_ns.data.capture.reading import METADATA_KEY, CapturePhotos, PhotoDataset
 from infnerf_ns.data.sfm import SfMScene
 from infnerf_ns.errors import InputError
-from infnerf_ns.validation import warn
+from infnerf_ns.validation import shortened, warn
 
 RECORD = "capture.safetensors"
 """Name of the file in a run's folder."""
@@ -292,8 +292,8 @@ class CaptureRecord:
             )
         except (SafetensorError, OSError, ValueError, KeyError, IndexError, TypeError, AttributeError) as error:
             raise InputError(
-                f"{file} is damaged ({type(error).__name__}: {error}): copy it from where the run was trained, or"
-                " delete it to have the capture read instead"
+                f"{file} is damaged ({type(error).__name__}: {shortened(str(error))}): copy it from where the run was"
+                " trained, or delete it to have the capture read instead"
             ) from error
 
     def stands_for(self, config: DataParserConfig) -> bool:
