@@ -39,6 +39,7 @@ def train(capture: object, out: object, *flags: object) -> list[object]:
     """A training of a few steps on 14 photos of noise."""
     settings = ["--vis", "tensorboard", "--timestamp", "run", "--max-num-iterations", 20, "--steps-per-eval-image", 0]
     settings += ["--pipeline.datamanager.train-num-rays-per-batch", 64, "--pipeline.model.octree.max-level", 1]
+    settings += ["--pipeline.model.octree.level-start-steps", 5]
     parser = ["nerfstudio-data", "--eval-mode", "interval", "--eval-interval", 7]
     return ["ns-train", "infnerf-small", "--data", capture, "--output-dir", out, *settings, *flags, *parser]
 
