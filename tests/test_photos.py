@@ -350,18 +350,18 @@ def test_files_that_are_none(tmp_path: Path) -> None:
     (tmp_path / "empty.jpg").touch()
     (tmp_path / "device.jpg").symlink_to("/dev/zero")
     lines = {
-        "folder.jpg": "is a folder",
-        "pipe.jpg": "is a pipe or a device",
-        "device.jpg": "is a pipe or a device",
-        "empty.jpg": "cannot be read (it is empty, 0 bytes)",
-        "none.jpg": "does not exist",
+        "folder.jpg": ": it is a folder, not a file",
+        "pipe.jpg": ": it is a named pipe (FIFO), not a file",
+        "device.jpg": ": it is a device, not a file",
+        "empty.jpg": " cannot be read (it is empty, 0 bytes)",
+        "none.jpg": " does not exist",
     }
     for read in (read_photo, read_numbers, lambda path: read_mask(path, SIZE, AS_STORED)):
         for name, line in lines.items():
-            assert f"{name} {line}" in refusal(partial(read, tmp_path / name))
+            assert f"{name}{line}" in refusal(partial(read, tmp_path / name))
     os.rename(tmp_path / "pipe.jpg", tmp_path / "pipe.npy")
-    assert "pipe.npy is a pipe" in refusal(lambda: read_depth(tmp_path / "pipe.npy", 2, 2))
-    assert "pipe.npy is a pipe" in refusal(lambda: check_first_photo(tmp_path / "pipe.npy"))
+    assert "pipe.npy: it is a named pipe" in refusal(lambda: read_depth(tmp_path / "pipe.npy", 2, 2))
+    assert "pipe.npy: it is a named pipe" in refusal(lambda: check_first_photo(tmp_path / "pipe.npy"))
 
 
 def test_a_pipe_in_a_capture_does_not_hang(tmp_path: Path) -> None:
@@ -371,7 +371,7 @@ def test_a_pipe_in_a_capture_does_not_hang(tmp_path: Path) -> None:
         content = path.read_bytes()
         path.unlink()
         os.mkfifo(path)
-        assert f"{index:03d}.png is a pipe or a device" in refusal(lambda: start(tmp_path))
+        assert f"{index:03d}.png: it is a named pipe" in refusal(lambda: start(tmp_path))
         path.unlink()
         path.write_bytes(content)
 

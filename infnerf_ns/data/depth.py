@@ -24,11 +24,11 @@ from infnerf_ns.data.capture.photos import (
     Turn,
     companion_turn,
     read_numbers,
-    require_regular_file,
     turn_numbers,
     unreadable,
 )
 from infnerf_ns.errors import InputError
+from infnerf_ns.regular_files import require_regular_file
 
 SAME_SURFACE = 0.05
 """Two depths that differ by this share of the nearer one can be of one surface."""

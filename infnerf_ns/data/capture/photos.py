@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import importlib
 import io
-import stat
 import struct
 import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -29,6 +28,7 @@ from jaxtyping import Bool, UInt8
 from PIL import ExifTags, Image, ImageCms, UnidentifiedImageError
 
 from infnerf_ns.errors import InputError
+from infnerf_ns.regular_files import require_regular_file
 
 Kind = Literal["photo", "mask", "depth image"]
 Depth = Literal["8 bit", "16 bit", "16 bit colour", "integer", "float"]
@@ -118,20 +118,6 @@ class Turn:
 
 
 AS_STORED = Turn()
-
-
-def require_regular_file(path: Path, kind: Kind) -> None:
-    """Refuses what is no file with content; opening a pipe or a device would wait for ever.
-
-    Raises:
-        InputError: it is a folder, a pipe or a device.
-        OSError: there is nothing, or no way to it.
-    """
-    status = path.stat()
-    if stat.S_ISDIR(status.st_mode):
-        raise InputError(f"{kind} {path} is a folder: name the file, or take it out of the capture")
-    if not stat.S_ISREG(status.st_mode):
-        raise InputError(f"{kind} {path} is a pipe or a device: put a copy of the file there")
 
 
 def check_first_photo(path: Path) -> None:
@@ -352,7 +338,8 @@ def _opened(path: Path, kind: Kind) -> Iterator[Image.Image]:
     if kind == "photo" and path.suffix.lower().lstrip(".") in _RAW:
         raise _raw_file(path, kind)  # Pillow would read the preview in it
     try:
-        require_regular_file(path, kind)
+        if path.exists():  # else opening it says so
+            require_regular_file(path, kind)
         with _open(path) as image:
             yield image
     except FileNotFoundError as error:
