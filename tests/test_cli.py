@@ -82,7 +82,6 @@ NAN = float("nan")
         (bench_nodes.Nodes, "warm_up", (-1,)),
         (Growth, "scale", (0.0, -1.0, NAN, 2.0, float("inf"))),
         (Growth, "minutes", ((NAN,), (0.0,), (1.0, float("inf")))),
-        (Growth, "district", ((0.0, 0.0, NAN, 1.0), (-0.1, 0.0, 1.0, 1.0))),
         (Growth, "pixels", (0,)),
         (Growth, "seed", (-1, 2**32)),
         (Losses, "minutes", (0.0, -1.0, NAN, float("inf"))),

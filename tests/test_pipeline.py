@@ -150,5 +150,7 @@ def test_renders_that_cannot_be_written_are_one_line(tmp_path: Path, monkeypatch
     InfNeRFPipeline.get_average_image_metrics(pipeline, photos, "eval", output_path=tmp_path)
     assert sorted(file.name for file in tmp_path.iterdir()) == ["eval_img_0000.png", "eval_img_2_0000.png"]
     monkeypatch.setattr(torchvision.utils, "save_image", full)
-    with pytest.raises(InputError, match="eval_img_0000.png cannot be written .No space left on device.: make room"):
+    with pytest.raises(
+        InputError, match="eval_img_0000.png cannot be written .No space left on device.: free disk space"
+    ):
         InfNeRFPipeline.get_average_image_metrics(pipeline, photos, "eval", output_path=tmp_path)

@@ -101,8 +101,8 @@ class Quality(Command):
         """
         configs = self.check()  # all, before the first one trains
         for number, (method, config) in enumerate(configs.items()):
-            # All settings together may be too long for the name of a folder.
-            config.timestamp = f"{number}-{method.partition(':')[0]}"
+            # A folder for each training. All settings together may be too long for its name.
+            config.timestamp = f"{number}-{method.partition(':')[0]}-{self.seed}"
             for row in self._train(config):
                 yield {"method": method, **row}
 
