@@ -50,7 +50,7 @@ def render(config: Path, out: Path) -> list[object]:
 
 
 def rewrite(run: Path, *flags: object) -> list[object]:
-    return ["python", "-m", "infnerf_ns.cli.rewrite_config", run, *flags]
+    return ["infnerf-config", run, *flags]
 
 
 @pytest.fixture(scope="module")
