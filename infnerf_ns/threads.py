@@ -1,8 +1,9 @@
 """How many threads compute on the CPU: as many as ``--threads`` or ``INFNERF_THREADS`` says, or as are fastest.
 
 Both pools are set, that of the kernels (numba) and torch's. numba's number belongs to the thread that calls a kernel,
-and the viewer renders in threads of its own, so it is set where work is done and put back after it. Results do not
-depend on it, to the last bit (`tests/test_threads.py`).
+and the viewer renders in threads of its own, so it is set where work is done and put back after it. What the kernels
+compute does not depend on it, to the last bit (`tests/test_threads.py`); torch's functions round differently where a
+thread's share of a tensor ends (seen: exp and log of more than 32,768 numbers), so a training is the same to rounding.
 """
 
 from __future__ import annotations

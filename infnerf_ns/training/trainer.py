@@ -66,7 +66,7 @@ class InfNeRFTrainerConfig(TrainerConfig):
     """Learning rate of the parameters of octree level L = learning rate of their kind * level_lr_factor ** L."""
     threads: int = 0
     """Threads that compute on the CPU; 0: as many as are fastest, which is measured while training and depends on what
-    else the machine does. The result does not depend on it."""
+    else the machine does. The result depends on it by rounding alone; a fixed number makes it the same each time."""
     stability: StabilityConfig = field(default_factory=StabilityConfig)
     """What happens when the loss or a gradient is NaN or infinite."""
     run_folder: Annotated[Optional[Path], tyro.conf.Suppress] = None
