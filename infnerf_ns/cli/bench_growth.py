@@ -82,11 +82,9 @@ class Growth(Command):
                 pixels=self.pixels,
                 clock=self.clock,
                 seed=self.seed,
-                output=self.output.with_name(f"{self.output.name}-{number}"),  # each trains in a folder of its own
+                output=self.output,
             )
-            for number, (name, every) in enumerate(
-                (("all points", 0), ("without", 0), ("without, growing", self.every))
-            )
+            for name, every in (("all points", 0), ("without", 0), ("without, growing", self.every))
         }
         parser = InfNeRFDemoDataParserConfig(size=self.size) if str(self.data) == "demo" else None
         for name, training in trainings.items():

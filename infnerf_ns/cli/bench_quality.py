@@ -45,6 +45,7 @@ from infnerf_ns.data.pyramid_rays import level_camera
 from infnerf_ns.errors import InputError
 from infnerf_ns.model import InfNeRFModel
 from infnerf_ns.presets import load_preset, preset_names
+from infnerf_ns.training.trainer import InfNeRFTrainer
 from infnerf_ns.validation import Range, apply_yaml, validate_config
 
 PYRAMID_LEVELS = 5
@@ -101,8 +102,8 @@ class Quality(Command):
         """
         configs = self.check()  # all, before the first one trains
         for number, (method, config) in enumerate(configs.items()):
-            # A folder for each training. All settings together may be too long for its name.
-            config.timestamp = f"{number}-{method.partition(':')[0]}-{self.seed}"
+            # All settings together may be too long for the name of a folder.
+            config.timestamp = f"{number}-{method.partition(':')[0]}"
             for row in self._train(config):
                 yield {"method": method, **row}
 
@@ -162,6 +163,8 @@ class Quality(Command):
         with _lpips_without_weights():
             trainer = config.setup(local_rank=0, world_size=1)
             trainer.setup()
+        if isinstance(trainer, InfNeRFTrainer):
+            trainer.release_folder()  # nothing is saved
         return trainer
 
     def _config(self, method: str) -> TrainerConfig:

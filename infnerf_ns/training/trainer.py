@@ -293,6 +293,11 @@ class InfNeRFTrainer(Trainer):
         if self._signals.received is not None:  # Python drops what is raised within some callbacks
             raise SystemExit(exit_code(self._signals.received))
 
+    def release_folder(self) -> None:
+        """Lets other trainings write into the run's folder: for whoever takes the steps without `train`, and saves
+        nothing."""
+        self._lock.release()
+
     def setup_optimizers(self) -> Optimizers:
         """One optimizer per parameter group; the configuration names kinds, the model's groups are kinds per level."""
         groups = self.pipeline.get_param_groups()
@@ -325,7 +330,7 @@ class InfNeRFTrainer(Trainer):
                 super().train()
             finally:
                 self.config.max_num_iterations = total
-                self._lock.release()
+                self.release_folder()
 
     @profiler.time_function
     def train_iteration(self, step: int) -> TRAIN_INTERATION_OUTPUT:
