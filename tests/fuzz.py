@@ -34,9 +34,10 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
-os.environ.setdefault("NUMBA_THREADING_LAYER", "workqueue")  # the one that survives fork()
-os.environ.setdefault("NUMBA_NUM_THREADS", "1")
-os.environ.setdefault("OMP_NUM_THREADS", "1")
+if __name__ == "__main__":  # not for a program that only imports this: its commands and threads would inherit it
+    os.environ.setdefault("NUMBA_THREADING_LAYER", "workqueue")  # the one that survives fork()
+    os.environ.setdefault("NUMBA_NUM_THREADS", "1")
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import numpy as np
 import torch
