@@ -678,7 +678,7 @@ def cloud__feet(folder: Path) -> None:
     _cloud(folder, lambda xyz: xyz / 0.3048)
 
 
-@transforms(line="one probably georeferenced \\(UTM\\) and the other local: subtract the offset")
+@transforms(line="one probably georeferenced \\(UTM\\) and the other local: the points lie around [45]")
 def cloud__UTM(folder: Path) -> None:
     _cloud(folder, lambda xyz: xyz + UTM)
 
@@ -764,7 +764,7 @@ def UTM__poses_and_points(folder: Path) -> None:
     write_meta(folder, meta)
 
 
-@transforms(line="one probably georeferenced \\(UTM\\) and the other local: subtract the offset")
+@transforms(line="georeferenced \\(UTM\\) and the other local: .* the photos around [45].*: subtract .* the offset")
 def UTM__poses_without_points(folder: Path) -> None:
     changed(folder, lambda meta: each_pose(meta, _moved))
 

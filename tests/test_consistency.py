@@ -16,7 +16,7 @@ from painted_capture import HEIGHT, WIDTH, paint, read_points, write_painted, wr
 from PIL import Image, ImageOps
 from tiny_capture import shared_capture, write_capture, write_json
 
-from infnerf_ns.data.capture.consistency import ConsistencyReport, check_consistency
+from infnerf_ns.data.capture.consistency.check import ConsistencyReport, check_consistency
 from infnerf_ns.data.capture.parsers import read_split
 from infnerf_ns.data.demo_dataparser import InfNeRFDemoDataParserConfig
 from infnerf_ns.data.point_files import Tracks
@@ -168,7 +168,10 @@ def test_focal_length_of_other_photos(tmp_path: Path) -> None:
         (lambda points: points * 1000, "millimetres where the poses are in metres: multiply the points by 0.001"),
         (lambda points: points / 0.3048, "feet where the poses are in metres: multiply the points by 0.3048"),
         (lambda points: points[:, [0, 2, 1]] * [1, 1, -1], "the axes of the points are others than those of the poses"),
-        (lambda points: points + [452300.0, 4512345.0, 312.0], "in different frames, one probably georeferenced (UTM)"),
+        (
+            lambda points: points + [452300.0, 4512345.0, 312.0],
+            "in different frames, one probably georeferenced (UTM) and the other local: the points lie around 4523",
+        ),
         (
             lambda points: np.random.default_rng(0).standard_normal((50, 3)) * 1e6,
             "they are in different frames or units",

@@ -32,7 +32,7 @@ from torch import Tensor
 from infnerf_ns.data import checks
 from infnerf_ns.data.camera_rays import CameraRays
 from infnerf_ns.data.capture import splits
-from infnerf_ns.data.capture.consistency import check_consistency
+from infnerf_ns.data.capture.consistency.check import check_consistency
 from infnerf_ns.data.capture.parsers import make_parser, read_split, want_points
 from infnerf_ns.data.capture.reading import METADATA_KEY, CapturePhotos
 from infnerf_ns.data.capture.record import CaptureRecord, HeldOutPhotos, RecordedOutputs, RecordedPhotos

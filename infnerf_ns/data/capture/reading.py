@@ -15,6 +15,7 @@ from nerfstudio.data.datasets.base_dataset import InputDataset
 from nerfstudio.utils.rich_utils import CONSOLE
 
 from infnerf_ns.data.capture import orientation
+from infnerf_ns.data.capture.consistency.agreement import photo_agreement
 from infnerf_ns.data.capture.photos import (
     Depth,
     Header,
@@ -118,8 +119,6 @@ class CapturePhotos:
 
     def _agreement(self, followed: bool) -> float | None:
         """Of the photos at the points, if the tags that sizes say nothing about are followed, or not."""
-        from infnerf_ns.data.capture.consistency import photo_agreement  # which reads photos through this module
-
         outputs = self._with_points()
 
         def upright(index: int) -> bool:
