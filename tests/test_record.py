@@ -24,7 +24,8 @@ from tiny_capture import HEIGHT, WIDTH, photo, write_capture, write_json
 from infnerf_ns.data.camera_rays import CameraRays
 from infnerf_ns.data.capture.photos import Levels
 from infnerf_ns.data.capture.reading import METADATA_KEY
-from infnerf_ns.data.capture.record import RECORD, CaptureRecord, RecordedOutputs, same_photos
+from infnerf_ns.data.capture.record import RECORD, CaptureRecord, same_photos
+from infnerf_ns.data.capture.recorded_photos import RecordedOutputs
 from infnerf_ns.data.pyramid_datamanager import PyramidDataManager, PyramidDataManagerConfig
 from infnerf_ns.data.sfm import SfMScene
 from infnerf_ns.errors import InputError

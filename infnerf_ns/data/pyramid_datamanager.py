@@ -35,7 +35,8 @@ from infnerf_ns.data.capture import splits
 from infnerf_ns.data.capture.consistency.check import check_consistency
 from infnerf_ns.data.capture.parsers import make_parser, read_split, want_points
 from infnerf_ns.data.capture.reading import METADATA_KEY, CapturePhotos
-from infnerf_ns.data.capture.record import CaptureRecord, HeldOutPhotos, RecordedOutputs, RecordedPhotos
+from infnerf_ns.data.capture.record import CaptureRecord
+from infnerf_ns.data.capture.recorded_photos import HeldOutPhotos, RecordedOutputs, RecordedPhotos
 from infnerf_ns.data.depth import check_depth
 from infnerf_ns.data.photo_order import neighbour_order
 from infnerf_ns.data.pyramid import PixelPyramid, downsample_mask, level_mean, num_levels
