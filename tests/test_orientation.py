@@ -14,7 +14,8 @@ from painted_capture import write_painted
 from PIL import ExifTags, Image
 
 from infnerf_ns.data.capture.orientation import decide, turn_by_size
-from infnerf_ns.data.capture.photos import Header, Turn, turn_numbers
+from infnerf_ns.data.capture.photo_files import Header
+from infnerf_ns.data.capture.photos import Turn, turn_numbers
 from infnerf_ns.data.pyramid_datamanager import PyramidDataManager, PyramidDataManagerConfig
 from infnerf_ns.errors import InputError
 

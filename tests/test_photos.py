@@ -20,15 +20,13 @@ from nerfstudio.data.dataparsers.nerfstudio_dataparser import NerfstudioDataPars
 from PIL import ExifTags, Image, ImageCms, ImageMode, ImageOps, TiffImagePlugin
 from tiny_capture import HEIGHT, WIDTH, write_capture, write_json
 
+from infnerf_ns.data.capture.photo_files import Header, check_first_photo, read_header
 from infnerf_ns.data.capture.photos import (
     AS_STORED,
-    Header,
     Levels,
     Turn,
     capture_levels,
-    check_first_photo,
     companion_turn,
-    read_header,
     read_mask,
     read_numbers,
     read_photo,

@@ -16,7 +16,7 @@ from jaxtyping import Float
 from nerfstudio.data.dataparsers.base_dataparser import DataParserConfig, DataparserOutputs
 from PIL import UnidentifiedImageError
 
-from infnerf_ns.data.capture.photos import unreadable
+from infnerf_ns.data.capture.photo_files import unreadable
 from infnerf_ns.data.capture.reading import check_sizes
 from infnerf_ns.errors import InputError
 

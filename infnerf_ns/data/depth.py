@@ -19,14 +19,8 @@ from jaxtyping import Float, Float32, Int
 from nerfstudio.data.dataparsers.base_dataparser import DataparserOutputs
 from torch import Tensor
 
-from infnerf_ns.data.capture.photos import (
-    AS_STORED,
-    Turn,
-    companion_turn,
-    read_numbers,
-    turn_numbers,
-    unreadable,
-)
+from infnerf_ns.data.capture.photo_files import unreadable
+from infnerf_ns.data.capture.photos import AS_STORED, Turn, companion_turn, read_numbers, turn_numbers
 from infnerf_ns.errors import InputError
 from infnerf_ns.regular_files import require_regular_file
 

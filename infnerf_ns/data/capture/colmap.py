@@ -26,7 +26,7 @@ from infnerf_ns.data.capture.downscaling import downscale_images
 from infnerf_ns.data.capture.files import find_file
 from infnerf_ns.data.capture.georeference import CaptureOutputs, Georeference
 from infnerf_ns.data.capture.intrinsics import Intrinsics, from_colmap, set_kinds
-from infnerf_ns.data.capture.photos import check_first_photo
+from infnerf_ns.data.capture.photo_files import check_first_photo
 from infnerf_ns.data.checks import check_pose, check_spread
 from infnerf_ns.data.point_files import Tracks
 from infnerf_ns.errors import InputError

@@ -11,7 +11,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
-from infnerf_ns.data.capture.photos import Header, Turn
+from infnerf_ns.data.capture.photo_files import Header
+from infnerf_ns.data.capture.photos import Turn
 from infnerf_ns.errors import InputError
 
 SIZE_TOLERANCE = 1

@@ -16,14 +16,12 @@ from nerfstudio.utils.rich_utils import CONSOLE
 
 from infnerf_ns.data.capture import orientation
 from infnerf_ns.data.capture.consistency.agreement import photo_agreement
+from infnerf_ns.data.capture.photo_files import Depth, Header, read_header
 from infnerf_ns.data.capture.photos import (
-    Depth,
-    Header,
     Levels,
     Turn,
     capture_levels,
     companion_turn,
-    read_header,
     read_mask,
     read_photo,
     wrong_mask_size,

@@ -26,7 +26,7 @@ from infnerf_ns.data.capture import splits
 from infnerf_ns.data.capture.files import PHOTO_ENDINGS, find_file
 from infnerf_ns.data.capture.georeference import CaptureOutputs, Georeference
 from infnerf_ns.data.capture.intrinsics import Intrinsics, from_transforms, set_kinds
-from infnerf_ns.data.capture.photos import check_first_photo, read_header
+from infnerf_ns.data.capture.photo_files import check_first_photo, read_header
 from infnerf_ns.data.capture.point_cloud import read_ply
 from infnerf_ns.data.checks import MIN_TRAIN_PHOTOS, check_pose, check_spread
 from infnerf_ns.errors import InputError

@@ -13,7 +13,8 @@ from nerfstudio.cameras.cameras import Cameras
 from nerfstudio.data.dataparsers.base_dataparser import DataparserOutputs
 
 from infnerf_ns.data.capture.consistency.scene import MAX_POINTS, CaptureScene, evenly
-from infnerf_ns.data.capture.photos import Depth, Levels, read_thumbnail
+from infnerf_ns.data.capture.photo_files import Depth
+from infnerf_ns.data.capture.photos import Levels, read_thumbnail
 from infnerf_ns.data.projection import project, single_cameras
 from infnerf_ns.data.sfm import in_front
 from infnerf_ns.data.thread_pool import threads
