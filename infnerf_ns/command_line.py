@@ -1,13 +1,14 @@
 """What nerfstudio's own commands are asked to do with a run, checked before it is loaded.
 
-ns-render, ns-export and ns-viewer hand a plugin the configuration of the run and, in the end, single cameras. The rest,
-files and names included, they use by themselves, often after minutes and with a traceback. It stands on the command
-line, where it is looked at here, when they ask for the checkpoint.
+ns-eval, ns-render, ns-export and ns-viewer hand a plugin the configuration of the run and, in the end, single cameras.
+The rest, files and names included, they use by themselves, often after minutes and with a traceback. It stands on the
+command line, where it is looked at here, when they ask for the checkpoint.
 """
 
 from __future__ import annotations
 
 import math
+import os
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -16,12 +17,14 @@ from typing import Any
 from infnerf_ns.arguments import flag_values
 from infnerf_ns.camera_paths import read_camera_path
 from infnerf_ns.errors import InputError
+from infnerf_ns.surroundings import say_disk_errors
 from infnerf_ns.viewer_address import port_problem, require_guarded
 
 _OUTPUTS = ("rgb", "accumulation", "expected_depth", "depth", "level", "node", "normals")
 _PHOTOS = ("rgb", "mask", "depth_image")
 """Pictures in a batch of nerfstudio's data loaders; ``image`` is called ``rgb``."""
 _DEFAULT_PATH = "camera_path.json"
+_PLACES = ("output-path", "render-output-path", "output-dir")
 _ABOVE_ZERO = ("downscale-factor", "interpolation-steps", "frame-rate", "seconds", "eval-num-rays-per-chunk")
 
 
@@ -37,7 +40,30 @@ def check_command(config: Any) -> None:
     program = Path(sys.argv[0]).stem if sys.argv else ""
     check = _CHECKS.get(program)
     if check is not None:
+        say_disk_errors()
+        for flag in _PLACES:
+            place = _last(flag)
+            if place is not None:
+                _require_writable(f"--{flag}", Path(place))
         check(config)
+
+
+def _require_writable(flag: str, place: Path) -> None:
+    """A file or folder that is going to be made, folders above it, too; nerfstudio makes them after its work."""
+    there = next(folder for folder in (place, *place.absolute().parents) if folder.exists())
+    if there != place and not there.is_dir():
+        raise InputError(f"{flag} {place}: {there} is a file, nothing can be put into it: choose another place")
+    if not os.access(there, os.W_OK):
+        raise InputError(f"{flag} {place}: {there} may not be written to: allow it, or choose another place")
+
+
+def _check_eval(config: Any) -> None:
+    del config
+    place = _last("output-path")
+    if place is not None and Path(place).suffix != ".json":
+        raise InputError(f"--output-path {place}: the metrics are a JSON file, write {Path(place) / 'eval.json'}")
+    if place is not None and Path(place).is_dir():
+        raise InputError(f"--output-path {place}: is a folder, write {Path(place) / 'eval.json'}")
 
 
 def _check_viewer(config: Any) -> None:
@@ -83,6 +109,7 @@ def _check_export(config: Any) -> None:
 
 
 _CHECKS: dict[str, Callable[[Any], None]] = {
+    "ns-eval": _check_eval,
     "ns-viewer": _check_viewer,
     "ns-render": _check_render,
     "ns-export": _check_export,

@@ -6,9 +6,11 @@ early enough for most of what is to come.
 
 from __future__ import annotations
 
+import errno
 import sys
 import warnings
 from pathlib import Path
+from types import TracebackType
 
 from infnerf_ns.training.stopping import end_on_signals
 
@@ -21,6 +23,8 @@ _SILENCED = (
 )
 """Category, beginning of the message and module of what nerfstudio 1.1.5 makes newer versions of torch say: spellings
 that only nerfstudio can change."""
+_NOT_WRITTEN = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)
+"""Errors that only writing ends in."""
 
 
 def prepare_process() -> None:
@@ -48,6 +52,24 @@ def prepare_nerfstudio() -> None:
 def is_nerfstudio(program: Path) -> bool:
     """Whether a program (``sys.argv[0]``) is one of nerfstudio's commands."""
     return program.name.startswith("ns-") or program.parts[-3:-1] == ("nerfstudio", "scripts")
+
+
+def say_disk_errors() -> None:
+    """From now on, ends this process with one line where nothing can be written: nerfstudio's commands write their
+    results at the end, where a plugin has no hook but this one."""
+    if sys.excepthook is sys.__excepthook__:
+        sys.excepthook = _say_disk_error
+
+
+def _say_disk_error(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
+    if not isinstance(error, OSError) or error.errno not in _NOT_WRITTEN:
+        sys.__excepthook__(kind, error, trace)
+        return
+    what = error.filename or "what was computed"
+    print(
+        f"infnerf: {what} cannot be written ({error.strerror}): free disk space, or choose another place for it",
+        file=sys.stderr,
+    )
 
 
 def _print_everything(stream) -> None:  # noqa: ANN001

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 from pathlib import Path
 
@@ -59,6 +60,14 @@ def test_flags_are_read_as_tyro_reads_them(arguments: str, values: list[str] | N
         ("ns-export pointcloud --rgb-output-name colour", "--rgb-output-name colour: .* it has rgb, acc"),
         ("ns-export tsdf --depth-output-name tiefe", "--depth-output-name tiefe: the model has no"),
         ("ns-export poisson --normal-output-name normal", "--normal-output-name normal: .*normals"),
+        (
+            "ns-eval --output-path metrics",
+            "--output-path metrics: the metrics are a JSON file, write metrics/eval.json",
+        ),
+        ("ns-eval --output-path folder.json", "--output-path folder.json: is a folder, write folder.json/eval.json"),
+        ("ns-eval --output-path file/eval.json", "--output-path file/eval.json: .*/file is a file"),
+        ("ns-eval --render-output-path file/renders", "--render-output-path file/renders: .*/file is a file"),
+        ("ns-render dataset --output-path file/out", "--output-path file/out: .*/file is a file"),
         ("ns-viewer --viewer.websocket-port 70000", "--viewer.websocket-port 70000: allowed is"),
         ("ns-viewer --viewer.websocket-port-default -1", "--viewer.websocket-port-default -1: allowed is"),
         ("ns-viewer --vis viewer_legacy", "--vis viewer_legacy: .* use --vis viewer"),
@@ -68,6 +77,8 @@ def test_what_cannot_work_is_said_before_loading(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, command: str, said: str
 ) -> None:
     monkeypatch.chdir(tmp_path)
+    (tmp_path / "folder.json").mkdir()
+    (tmp_path / "file").touch()
     with pytest.raises(InputError, match=said):
         ask(monkeypatch, command)
 
@@ -81,7 +92,7 @@ def test_what_cannot_work_is_said_before_loading(
         "ns-render camera-path --camera-path-filename path.json",
         "ns-export pointcloud --rgb-output-name rgb --normal-method open3d",
         "ns-viewer --viewer.websocket-port 7010 --viewer.websocket-host 0.0.0.0",
-        "ns-eval --output-path colour",
+        "ns-eval --output-path new/colour.json --render-output-path new/renders",
         "infnerf-bench --rendered-output-names colour",
     ],
 )
@@ -89,6 +100,12 @@ def test_what_works_is_let_through(monkeypatch: pytest.MonkeyPatch, tmp_path: Pa
     monkeypatch.chdir(tmp_path)
     (tmp_path / "path.json").write_text(json.dumps(PATH))
     ask(monkeypatch, command)
+
+
+def test_a_place_that_may_not_be_written_to(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(os, "access", lambda path, mode: False)  # root may write everywhere
+    with pytest.raises(InputError, match=f"--output-dir {tmp_path}/out/more: {tmp_path} may not be written to"):
+        ask(monkeypatch, f"ns-export pointcloud --output-dir {tmp_path}/out/more")
 
 
 def test_a_camera_path_needs_a_length(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -73,6 +73,27 @@ def test_what_no_user_can_act_on_is_silent_and_everything_else_is_said() -> None
     assert [str(each.message) for each in said] == [scaler, "The disk is nearly full"]
 
 
+@pytest.mark.parametrize(
+    ("fault", "ending"),
+    [
+        (
+            "import pathlib; pathlib.Path('/dev/full').write_text('x')",
+            "infnerf: what was computed cannot be written (No space left on device)",
+        ),
+        ("raise OSError(30, 'Read-only file system', 'out.mp4')", "infnerf: out.mp4 cannot be written (Read-only"),
+        ("open('no such file')", "FileNotFoundError: [Errno 2]"),
+        ("1 / 0", "ZeroDivisionError: division by zero"),
+    ],
+)
+def test_a_command_that_cannot_write_its_results_ends_with_one_line(fault: str, ending: str) -> None:
+    script = f"from infnerf_ns.surroundings import say_disk_errors\nsay_disk_errors()\n{fault}\n"
+    ended = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=120)
+    assert ended.returncode == 1
+    lines = ended.stderr.splitlines()
+    assert lines[-1].startswith(ending)
+    assert len(lines) == 1 or not ending.startswith("infnerf")
+
+
 def test_only_a_training_of_ours_is_ended_by_our_line_before_it_begins() -> None:
     code = "import signal, sys; sys.argv = {}; import infnerf_ns; print(signal.getsignal(15) == signal.SIG_DFL)"
     for arguments, untouched in ((["ns-train", "infnerf-small"], b"False\n"), (["ns-train", "nerfacto"], b"True\n")):
