@@ -103,7 +103,7 @@ def test_what_works_is_let_through(monkeypatch: pytest.MonkeyPatch, tmp_path: Pa
 
 
 def test_a_place_that_may_not_be_written_to(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setattr(os, "access", lambda path, mode: False)  # root may write everywhere
+    monkeypatch.setattr(os, "access", lambda path, mode: mode != os.W_OK)  # root may write everywhere
     with pytest.raises(InputError, match=f"--output-dir {tmp_path}/out/more: {tmp_path} may not be written to"):
         ask(monkeypatch, f"ns-export pointcloud --output-dir {tmp_path}/out/more")
 
