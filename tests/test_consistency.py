@@ -289,12 +289,39 @@ def test_points_without_colours_are_compared_without(tmp_path: Path) -> None:
     assert paint(positions).std() > 20
 
 
-def test_poses_that_the_dataparser_flips(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """nerfstudio's orientation "pca" may negate the poses' y and z after it has moved them, and not the points'."""
-    write_painted(tmp_path)
-    report = check_consistency(parse(tmp_path, orientation_method="pca"))
-    said = " ".join(capsys.readouterr().out.split())
-    assert report.photos < 0.5 and "fit badly" in said and "of the photos see any point" in said
+def original_poses(outputs: DataparserOutputs) -> np.ndarray:
+    return outputs.transform_poses_to_original_space(outputs.cameras.camera_to_worlds, "opengl").double().numpy()
+
+
+def test_poses_that_nerfstudio_flips(tmp_path: Path) -> None:
+    """Regression: where nerfstudio's orientation "pca" turns a scene over, it turns the points, but two poses only."""
+    meta = write_painted(tmp_path)
+    report = check_consistency(parse(tmp_path))
+    config = NerfstudioDataParserConfig(
+        data=tmp_path, orientation_method="pca", eval_mode="all", downscale_factor=1, load_3D_points=False
+    )
+    theirs = config.setup().get_dataparser_outputs("train").cameras.camera_to_worlds[:, :, :3]
+    assert (torch.linalg.det(theirs) < 0).sum() == 2  # this capture is one of those
+    turned = parse(tmp_path, orientation_method="pca")
+    assert torch.linalg.det(turned.cameras.camera_to_worlds[:, :, :3]).min() > 0.99
+    assert check_consistency(turned).agreement == pytest.approx(report.agreement, abs=0.02)
+    given = np.array([frame["transform_matrix"] for frame in meta["frames"]])[:, :3]
+    np.testing.assert_allclose(original_poses(turned), given, atol=1e-5)
+
+
+def test_a_scale_that_the_capture_was_given(tmp_path: Path) -> None:
+    """Regression: nerfstudio multiplies the points by it, which are where the poses are, and not the poses."""
+    meta = write_painted(tmp_path)
+    report = check_consistency(parse(tmp_path))
+    applied = np.array([[0.0, 1.0, 0.0, 0.3], [-1.0, 0.0, 0.0, 2.0], [0.0, 0.0, 1.0, -0.5]])
+    meta.update(applied_scale=0.25, applied_transform=applied.tolist())
+    write_json(tmp_path, meta)
+    outputs = parse(tmp_path)
+    assert check_consistency(outputs).agreement == pytest.approx(report.agreement, abs=0.02)
+    given = np.array([frame["transform_matrix"] for frame in meta["frames"]])[:, :3]
+    original = np.linalg.inv(applied[:, :3]) @ given  # x of the file is 0.25 A x
+    original[:, :, 3] = (given[:, :, 3] / 0.25 - applied[:, 3]) @ applied[:, :3]
+    np.testing.assert_allclose(original_poses(outputs), original, atol=1e-5)
 
 
 def test_the_demo_scene_fits(tmp_path: Path) -> None:

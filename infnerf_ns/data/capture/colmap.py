@@ -24,7 +24,7 @@ from infnerf_ns.data.capture.colmap_files import Image, Points, read_cameras, re
 from infnerf_ns.data.capture.colmap_models import ModelFiles, find_model
 from infnerf_ns.data.capture.downscaling import downscale_images
 from infnerf_ns.data.capture.files import find_file
-from infnerf_ns.data.capture.georeference import CaptureOutputs, Georeference
+from infnerf_ns.data.capture.georeference import CaptureOutputs, Georeference, placed
 from infnerf_ns.data.capture.intrinsics import Intrinsics, from_colmap, set_kinds
 from infnerf_ns.data.capture.photo_files import check_first_photo
 from infnerf_ns.data.checks import check_pose, check_spread
@@ -72,6 +72,9 @@ class CaptureColmap(ColmapDataParser):
         parsed = super()._generate_dataparser_outputs(split, **kwargs)
         outputs = self._georeference.restored(parsed)
         set_kinds(outputs.cameras, [self._lenses[row] for row in self._indices])
+        if self.config.orientation_method == "pca":
+            poses = self._poses[self._indices]
+            outputs.cameras.camera_to_worlds = placed(poses, parsed.dataparser_transform, parsed.dataparser_scale)
         outputs.metadata = {**outputs.metadata, splits.RULE: self._split_rule}
         if self._points is not None and len(self._points.track_point):
             outputs.metadata["tracks"] = self._tracks(self._points)
@@ -101,6 +104,7 @@ class CaptureColmap(ColmapDataParser):
             check_spread(poses[:, :3, 3], str(path))
         self._georeference = Georeference.of(poses[:, :3, 3], applied)
         poses[:, :3, 3] -= self._georeference.offset
+        self._poses = poses
         frames = [self._frame(image, lens, pose) for image, lens, pose in zip(self._images, self._lenses, poses)]
         check_first_photo(Path(frames[0]["file_path"]))
         return {"frames": frames, "camera_model": frames[0]["camera_model"]}

@@ -24,7 +24,7 @@ from torch import Tensor
 
 from infnerf_ns.data.capture import splits
 from infnerf_ns.data.capture.files import PHOTO_ENDINGS, find_file
-from infnerf_ns.data.capture.georeference import CaptureOutputs, Georeference
+from infnerf_ns.data.capture.georeference import CaptureOutputs, Georeference, placed
 from infnerf_ns.data.capture.intrinsics import Intrinsics, from_transforms, set_kinds
 from infnerf_ns.data.capture.photo_files import check_first_photo, read_header
 from infnerf_ns.data.capture.point_cloud import read_ply
@@ -52,6 +52,7 @@ class CaptureTransforms(Nerfstudio):
         self._path = config.data if config.data.suffix == ".json" else config.data / "transforms.json"
         self._georeference = Georeference()
         self._lenses: dict[Path, Intrinsics] = {}
+        self._poses: dict[Path, Float[np.ndarray, "4 4"]] = {}
         self._originals: dict[Path, Path] = {}
         self._split_rule = ""
 
@@ -60,10 +61,14 @@ class CaptureTransforms(Nerfstudio):
         data = self.config.data
         with _clean_file(meta) as self.config.data:
             try:
-                outputs = self._georeference.restored(super()._generate_dataparser_outputs(split))
+                parsed = super()._generate_dataparser_outputs(split)
             finally:
                 self.config.data = data
-        set_kinds(outputs.cameras, [self._lenses[self._originals[file]] for file in outputs.image_filenames])
+        outputs, files = self._georeference.restored(parsed), [self._originals[file] for file in parsed.image_filenames]
+        set_kinds(outputs.cameras, [self._lenses[file] for file in files])
+        if meta.get("orientation_override", self.config.orientation_method) == "pca":
+            poses = np.stack([self._poses[file] for file in files])
+            outputs.cameras.camera_to_worlds = placed(poses, parsed.dataparser_transform, parsed.dataparser_scale)
         outputs.metadata = {**outputs.metadata, splits.RULE: self._split_rule}
         return outputs
 
@@ -75,7 +80,9 @@ class CaptureTransforms(Nerfstudio):
         _require_one_pose_each(names, poses, self._path)
         if self.config.auto_scale_poses:
             check_spread(poses[:, :3, 3], str(self._path))
-        self._georeference = Georeference.of(poses[:, :3, 3], _applied_transform(meta, self._path, self.config.data))
+        kept = _kept(meta, self._path)
+        applied = _applied_transform(meta, self._path, self.config.data)
+        self._georeference = Georeference.of(poses[:, :3, 3], applied, kept.pop("applied_scale", 1.0))
         poses[:, :3, 3] -= self._georeference.offset
         files = [find_file(folder, name, PHOTO_ENDINGS) for name in names]
         check_first_photo(files[0])
@@ -83,8 +90,8 @@ class CaptureTransforms(Nerfstudio):
             from_transforms(frame, meta, lambda file=file: _photo_size(file), f"{self._path}: photo {name}")
             for frame, name, file in zip(frames, names, files)
         ]
-        self._lenses, self._originals = dict(zip(files, lenses)), {}
-        clean: dict[str, Any] = {**_kept(meta, self._path), "frames": []}
+        self._lenses, self._poses, self._originals = dict(zip(files, lenses)), dict(zip(files, poses)), {}
+        clean: dict[str, Any] = {**kept, "frames": []}
         clean["camera_model"] = lenses[0].entries()["camera_model"]
         kinds = {lens.kind for lens in lenses}
         if "fisheye_crop_radius" in clean and len(kinds) > 1:
@@ -247,7 +254,7 @@ def _applied_transform(meta: dict[str, Any], path: Path, data: Path) -> Float[np
 
 
 def _kept(meta: dict[str, Any], path: Path) -> dict[str, Any]:
-    """Entries of the whole file that go to nerfstudio as they are, checked."""
+    """Entries of the whole file that are taken as they are, checked."""
     kept = {}
     for entry in ("applied_scale", "fisheye_crop_radius"):
         if meta.get(entry) is not None:
