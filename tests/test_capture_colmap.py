@@ -188,6 +188,19 @@ def test_every_photo_has_its_own_lens(tmp_path: Path) -> None:
     )
 
 
+def test_poses_that_nerfstudio_flips(tmp_path: Path) -> None:
+    """Regression: its orientation "pca" turned the points over and two of the poses."""
+    write_colmap(tmp_path, 8)
+    plain, turned = (parse(tmp_path, orientation_method=method) for method in ("none", "pca"))
+    poses = [outputs.transform_poses_to_original_space(outputs.cameras.camera_to_worlds) for outputs in (plain, turned)]
+    torch.testing.assert_close(*poses, atol=1e-5, rtol=0)
+    photo, point = turned.metadata["tracks"].photo, turned.metadata["tracks"].point
+    for index in range(8):
+        seen = point[photo == index]
+        pixels = [project(each.cameras[index], each.metadata["points3D_xyz"][seen]).pixels for each in (plain, turned)]
+        torch.testing.assert_close(*pixels, atol=1e-2, rtol=0)
+
+
 def models(folder: Path, **photos: int) -> None:
     """A capture with models of so many photos each."""
     write_colmap(folder, 8)
