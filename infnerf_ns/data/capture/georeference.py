@@ -13,6 +13,7 @@ poses.)
 from __future__ import annotations
 
 from dataclasses import dataclass, field, fields
+from typing import Optional
 
 import numpy as np
 import torch
@@ -29,6 +30,11 @@ cameras to 6e-6 of their extent, far below a pixel, and nothing about such captu
 @dataclass
 class CaptureOutputs(DataparserOutputs):
     """nerfstudio's outputs, whose transform may be in double precision."""
+
+    from_files: Optional[Float64[Tensor, "3 4"]] = None
+    """from the coordinates in which the capture's files have poses and points to the scene, without
+    ``from_files_scale``; None: they are those of ``dataparser_transform``"""
+    from_files_scale: float = 1.0
 
     def transform_poses_to_original_space(self, poses: Tensor, camera_convention: str = "opencv") -> Tensor:
         """Poses in the capture's coordinates, in the precision of the transform. See nerfstudio."""
@@ -91,6 +97,16 @@ class Georeference:
         values["dataparser_scale"] = outputs.dataparser_scale * scale
         values["dataparser_transform"] = whole if self.offset.any() else whole.float()
         return CaptureOutputs(**values)
+
+    def after_applied(self, transform: Float[Tensor, "3 4"]) -> Float64[Tensor, "3 4"]:
+        """The transform of what A and a have made to the scene, without nerfstudio's scale.
+
+        Args:
+            transform: T.
+        """
+        moved = transform.double().clone()
+        moved[:, 3] -= moved[:, :3] @ torch.from_numpy(self.offset)
+        return moved
 
 
 def placed(

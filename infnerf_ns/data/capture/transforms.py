@@ -65,6 +65,8 @@ class CaptureTransforms(Nerfstudio):
             finally:
                 self.config.data = data
         outputs, files = self._georeference.restored(parsed), [self._originals[file] for file in parsed.image_filenames]
+        outputs.from_files = self._georeference.after_applied(parsed.dataparser_transform)
+        outputs.from_files_scale = parsed.dataparser_scale
         set_kinds(outputs.cameras, [self._lenses[file] for file in files])
         if meta.get("orientation_override", self.config.orientation_method) == "pca":
             poses = np.stack([self._poses[file] for file in files])

@@ -44,10 +44,13 @@ class CaptureScene(NamedTuple):
         finite = np.isfinite(points).all(axis=-1)
         points = np.where(finite[:, None], points, np.inf)
         poses = cameras.camera_to_worlds.double().numpy()
-        transform = outputs.dataparser_transform.double().numpy()
+        given, scale = getattr(outputs, "from_files", None), outputs.dataparser_scale
+        if given is not None:
+            scale = outputs.from_files_scale
+        transform = (outputs.dataparser_transform if given is None else given).double().numpy()
         to_files = transform[:, :3].T
-        positions = (poses[:, :, 3] / outputs.dataparser_scale - transform[:, 3]) @ to_files.T
-        points = (points / outputs.dataparser_scale - transform[:, 3]) @ to_files.T
+        positions = (poses[:, :, 3] / scale - transform[:, 3]) @ to_files.T
+        points = (points / scale - transform[:, 3]) @ to_files.T
         middle = positions.mean(axis=0)
         poses = np.concatenate([to_files @ poses[:, :, :3], (positions - middle)[:, :, None]], axis=-1)
         rgb = outputs.metadata.get("points3D_rgb")
