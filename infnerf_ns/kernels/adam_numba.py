@@ -40,8 +40,8 @@ def _magnitude(typing_context, number):  # noqa: ANN001, ANN202
 
 
 @nb.njit(inline="always")
-def _listed_blocks(touched, r, first_word, last_word, blocks):
-    """Fills blocks with the numbers of the flagged blocks in a range of eights and clears their flags; returns how
+def _listed_blocks(touched, r, first_word, last_word, blocks, clear):
+    """Fills blocks with the numbers of the flagged blocks in a range of eights and may clear their flags; returns how
     many."""
     flags = touched[r]
     words = flags.view(np.uint64)
@@ -51,7 +51,8 @@ def _listed_blocks(touched, r, first_word, last_word, blocks):
             for block in range(8 * word, 8 * word + 8):
                 blocks[count] = block
                 count += flags[block]
-            words[word] = 0
+            if clear:
+                words[word] = 0
     return count
 
 
@@ -79,7 +80,7 @@ def touched_step(bank, grad, touched, rows, row_steps, exp_avg, exp_avg_sq, lr, 
         correction = np.float32(1 / np.sqrt(1 - beta2 ** row_steps[r]))
         first_word, last_word = words * share // _SHARES, words * (share + 1) // _SHARES
         blocks = np.empty(8 * (last_word - first_word) + 1, np.int32)
-        count = _listed_blocks(touched, r, first_word, last_word, blocks)
+        count = _listed_blocks(touched, r, first_word, last_word, blocks, True)
         # A sum per place in a block: one sum would have to be added across a vector for every block.
         wrong = np.zeros(_BLOCK, np.float32)
         for i in range(count):
@@ -120,17 +121,25 @@ def touched_step(bank, grad, touched, rows, row_steps, exp_avg, exp_avg_sq, lr, 
     return left_out
 
 
-@nb.njit(cache=True, error_model="numpy", boundscheck=False)
+@nb.njit(parallel=True, cache=True, fastmath=True, error_model="numpy", boundscheck=False)
 def touched_square(grad, touched, rows):
-    """Sum of the squares of the gradients that `touched_step` takes."""
-    total, page = 0.0, grad.shape[1]
-    for r in rows:
-        for block in range(touched.shape[1]):
-            if touched[r, block]:
-                for k in range(block << BLOCK_SHIFT, min((block + 1) << BLOCK_SHIFT, page)):
-                    if _magnitude(grad[r, k]) < _TOO_LARGE:
-                        total += np.float64(grad[r, k]) ** 2
-    return total
+    """Sum of the squares of the gradients that `touched_step` takes; the same on any number of threads."""
+    page, words = grad.shape[1], touched.shape[1] // 8
+    sums = np.zeros(len(rows) * _SHARES)
+    for task in nb.prange(len(rows) * _SHARES):
+        r, share = np.uintp(rows[task // _SHARES]), task % _SHARES
+        first_word, last_word = words * share // _SHARES, words * (share + 1) // _SHARES
+        blocks = np.empty(8 * (last_word - first_word) + 1, np.int32)
+        count = _listed_blocks(touched, r, first_word, last_word, blocks, False)
+        squares = np.zeros(_BLOCK)  # of each place in a block, as above
+        for i in range(count):
+            start = np.uintp(blocks[i]) << np.uintp(BLOCK_SHIFT)
+            g_block = grad[r, start : min(start + _BLOCK, page)]
+            for k in range(len(g_block)):
+                g = np.float64(g_block[k])
+                squares[k] += g * g if _magnitude(g_block[k]) < _TOO_LARGE else 0.0
+        sums[task] = squares.sum()
+    return sums.sum()
 
 
 @nb.njit(cache=True)
