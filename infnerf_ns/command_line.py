@@ -8,7 +8,6 @@ command line, where it is looked at here, when they ask for the checkpoint.
 from __future__ import annotations
 
 import math
-import os
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -17,6 +16,7 @@ from typing import Any
 from infnerf_ns.arguments import flag_values
 from infnerf_ns.camera_paths import read_camera_path
 from infnerf_ns.errors import InputError
+from infnerf_ns.regular_files import require_writable
 from infnerf_ns.surroundings import say_disk_errors
 from infnerf_ns.viewer_address import port_problem, require_guarded
 
@@ -44,17 +44,8 @@ def check_command(config: Any) -> None:
         for flag in _PLACES:
             place = _last(flag)
             if place is not None:
-                _require_writable(f"--{flag}", Path(place))
+                require_writable(f"--{flag}", Path(place))
         check(config)
-
-
-def _require_writable(flag: str, place: Path) -> None:
-    """A file or folder that is going to be made, folders above it, too; nerfstudio makes them after its work."""
-    there = next(folder for folder in (place, *place.absolute().parents) if folder.exists())
-    if there != place and not there.is_dir():
-        raise InputError(f"{flag} {place}: {there} is a file, nothing can be put into it: choose another place")
-    if not os.access(there, os.W_OK):
-        raise InputError(f"{flag} {place}: {there} may not be written to: allow it, or choose another place")
 
 
 def _check_eval(config: Any) -> None:

@@ -6,14 +6,19 @@ release, after which nobody gets it again. As Python runs nothing else while a n
 arrives just there, and the viewer froze after a few moves of the camera. So the trace function is taken off the thread
 while a picture is made, and asked where nothing is held. (Untraced lines are faster, too.)
 
+A picture is also given up when its page has been closed, and when the process ends: Python ends such a thread wherever
+it is, and in the middle of a kernel that aborts the process.
+
 An error would end the viewer's thread, and the page would show nothing any more. So a picture that cannot be made is
 given up, too, and its error is said.
 """
 
 from __future__ import annotations
 
+import atexit
 import sys
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -23,7 +28,12 @@ from infnerf_ns.validation import warn
 
 _INTERRUPTER = "RenderStateMachine.check_interrupt"
 """The viewer's trace function. Others (debuggers, coverage) stay where they are."""
+_PATIENCE = 3.0
+"""Seconds that the end of the process waits for the pictures that it gives up."""
 _thread = threading.local()
+_leaving = threading.Event()
+_pictures: set[int] = set()
+"""threads that are making one"""
 
 
 @contextmanager
@@ -39,7 +49,9 @@ def interrupted_between_chunks() -> Iterator[None]:
         return
     sys.settrace(None)
     _thread.interrupter = trace
+    _pictures.add(threading.get_ident())
     try:
+        may_be_interrupted()
         yield
     except IOChangeException:
         raise
@@ -47,6 +59,7 @@ def interrupted_between_chunks() -> Iterator[None]:
         _say(str(error) if isinstance(error, SystemExit) else repr(error))
         raise IOChangeException from error
     finally:
+        _pictures.discard(threading.get_ident())
         _thread.interrupter = None
         sys.settrace(trace)
 
@@ -62,8 +75,19 @@ def may_be_interrupted() -> None:
     """A place where a picture may be given up.
 
     Raises:
-        IOChangeException: nerfstudio's; the viewer wants another picture.
+        IOChangeException: nerfstudio's; the viewer wants another picture, or nobody wants this one any more.
     """
     interrupter = getattr(_thread, "interrupter", None)
     if interrupter is not None:
+        if _leaving.is_set() or not getattr(getattr(interrupter, "__self__", None), "running", True):
+            raise IOChangeException
         interrupter(sys._getframe(), "line", None)
+
+
+@atexit.register
+def _give_pictures_up() -> None:
+    """Before Python ends its threads."""
+    _leaving.set()
+    end = time.monotonic() + _PATIENCE
+    while _pictures and time.monotonic() < end:
+        time.sleep(0.01)

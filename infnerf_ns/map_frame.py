@@ -9,6 +9,7 @@ those of its first photo), the tree says what is up.
 from __future__ import annotations
 
 import json
+import os
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
@@ -17,6 +18,7 @@ import numpy as np
 from jaxtyping import Float
 
 from infnerf_ns.errors import InputError
+from infnerf_ns.regular_files import read_small_file
 from infnerf_ns.validation import shortened
 
 TRANSFORMS = "dataparser_transforms.json"
@@ -69,9 +71,9 @@ def map_frame(
     """
     path = folder / TRANSFORMS
     rotation, moved, scale = np.eye(3), np.zeros(3), 1.0
-    if path.exists():
+    if os.path.lexists(path):
         try:
-            content = json.loads(path.read_text(encoding="utf-8"))
+            content = json.loads(read_small_file(path, "the run's transform,").decode("utf-8"))
             transform, scale = np.array(content["transform"], np.float64).reshape(3, 4), float(content["scale"])
             rotation, moved = transform[:, :3], transform[:, 3]
             if not (

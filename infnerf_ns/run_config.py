@@ -22,6 +22,8 @@ from typing import TYPE_CHECKING, Any
 import yaml
 
 from infnerf_ns.errors import InputError
+from infnerf_ns.regular_files import read_small_file
+from infnerf_ns.training.run_folder import inner_folder_problems
 from infnerf_ns.validation import UniqueKeyLoader, describe, matches, type_hints, type_name, validate_config, warn
 
 if TYPE_CHECKING:
@@ -55,11 +57,8 @@ def read_run_config(path: Path) -> InfNeRFTrainerConfig:
         InputError: it cannot be read, asks for anything but configuration classes and plain values, is not of this
             package, or holds a value of a wrong type or out of range.
     """
+    content = read_small_file(path, "the configuration", _MAX_BYTES)
     try:
-        with open(path, "rb") as file:
-            content = file.read(_MAX_BYTES + 1)
-        if len(content) > _MAX_BYTES:
-            raise ValueError(f"it is larger than {_MAX_BYTES >> 20} MiB")
         loader = _RunLoader(content.decode("utf-8"))
         try:
             root = loader.get_single_node()
@@ -75,7 +74,7 @@ def read_run_config(path: Path) -> InfNeRFTrainerConfig:
         raise InputError(f"{path}: this is not a run of infnerf")
     problems = list(_wrong_types(config, ""))
     if not problems:
-        problems = validate_config(config, "", combinations=False).problems
+        problems = validate_config(config, "", combinations=False).problems + inner_folder_problems(config, "")
     if problems:
         more = f" (and {len(problems) - 1} more)" if len(problems) > 1 else ""
         raise InputError(f"{path}: {problems[0]}{more}")

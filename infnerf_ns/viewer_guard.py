@@ -113,6 +113,8 @@ class _GuardedConnection(WebSocketServerProtocol):
     def __init__(self, guard: ViewerGuard, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self._guard = guard
+        self._placed = False
+        """the page has said where its camera is"""
 
     async def process_request(self, path: str, request_headers: Headers) -> Any:
         refusal = self._guard.refusal(path, request_headers)
@@ -120,8 +122,9 @@ class _GuardedConnection(WebSocketServerProtocol):
 
     async def recv(self) -> bytes:
         while True:
-            message = self._guard.messages.cleaned(await super().recv())
+            message = self._guard.messages.cleaned(await super().recv(), placed=self._placed)
             if message is not None:
+                self._placed = True  # the first that is let through is of the camera
                 return message
 
 

@@ -18,6 +18,8 @@ import viser
 
 from infnerf_ns.validation import warn
 
+CAMERA = "ViewerCameraMessage"
+"""The kind of message by which a page says where its camera is."""
 _LARGEST = 1e9
 """Of numbers without limits of their own; they stay finite in float32 whatever the viewer does with them."""
 _FIELD_OF_VIEW = (0.01, 3.1)
@@ -48,7 +50,7 @@ class PageMessages:
         self.server: viser.ViserServer | None = None
         """whose controls the messages set; until it is known, none is set"""
         self._checks: dict[str, Callable[[dict[str, Any]], dict[str, Any]]] = {
-            "ViewerCameraMessage": _camera,
+            CAMERA: _camera,
             "GuiUpdateMessage": self._control,
             "TransformControlsUpdateMessage": _transform,
             "SceneNodeClickMessage": _node_click,
@@ -59,11 +61,13 @@ class PageMessages:
         self._limits: dict[str, Any] = {}
         self._said: set[str] = set()
 
-    def cleaned(self, raw: object) -> bytes | None:
+    def cleaned(self, raw: object, *, placed: bool = True) -> bytes | None:
         """A message that may be handed on, in MessagePack; None for one that must not.
 
         Args:
             raw: as it came over the websocket.
+            placed: the page has said where its camera is. Before that viser knows no such page, and every other message
+                of it would be an error.
         """
         kind = "unreadable"
         try:
@@ -71,7 +75,7 @@ class PageMessages:
                 raise _Refused
             content = msgspec.msgpack.decode(raw)
             kind = content.get("type") if isinstance(content, dict) else None
-            if not isinstance(kind, str) or kind not in self._checks:
+            if not isinstance(kind, str) or kind not in self._checks or not (placed or kind == CAMERA):
                 raise _Refused
             return msgspec.msgpack.encode({**self._checks[kind](content), "type": kind})
         except (_Refused, msgspec.MsgspecError, ValueError, RecursionError):

@@ -5,6 +5,8 @@ from __future__ import annotations
 import csv
 import dataclasses
 import itertools
+import sys
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -15,7 +17,7 @@ from nerfstudio.model_components.renderers import RGBRenderer
 from PIL import Image
 from tiny_capture import write_capture
 
-from infnerf_ns.cli import bench_nodes, bench_quality, picture
+from infnerf_ns.cli import bench_nodes, bench_quality, picture, scripts
 from infnerf_ns.cli.bench_flyin import Flyin
 from infnerf_ns.cli.bench_growth import Growth
 from infnerf_ns.cli.bench_losses import Losses
@@ -59,6 +61,30 @@ def test_speed_prints_a_row_per_kernel(capsys: pytest.CaptureFixture[str]) -> No
         (line,) = (line for line in output.splitlines() if line.startswith(f"{whole}  "))
         assert line.split()[-1] == "rays" and float(line.removeprefix(whole).split()[0]) > 0
     assert "GFLOP/s; copy:" in output and "$ " in output
+
+
+@pytest.mark.parametrize(
+    ("main", "said"),
+    [
+        (lambda: Path("/" + "x" * 5000).stat(), r"/x{199}\.\.\.: File name too long: choose another name"),
+        (lambda: (Path(__file__) / "x").mkdir(), "test_cli.py/x: Not a directory: choose another name"),
+    ],
+)
+def test_what_a_file_system_says_is_one_line(main: Callable, said: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("end_on_signals", "prepare_process"):
+        monkeypatch.setattr(scripts, name, lambda: None)
+    monkeypatch.setattr(sys, "argv", ["infnerf-pack", "run"])
+    with pytest.raises(InputError, match=said):
+        scripts.run(main)
+
+
+def test_an_empty_argument_is_not_the_current_folder(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Regression: infnerf-pack "$UNSET" packed the run in the current folder."""
+    for name in ("end_on_signals", "prepare_process"):
+        monkeypatch.setattr(scripts, name, lambda: None)
+    monkeypatch.setattr(sys, "argv", ["infnerf-pack", ""])
+    with pytest.raises(InputError, match="an argument is empty"):
+        scripts.run(pytest.fail)
 
 
 def test_picture_of_nothing(tmp_path: Path) -> None:

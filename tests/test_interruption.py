@@ -20,6 +20,7 @@ from nerfstudio.viewer_legacy.server.viewer_utils import IOChangeException, SetT
 from tiny_model import tiny_camera
 from tiny_packed import tiny_packed
 
+from infnerf_ns import interruption
 from infnerf_ns.kernels.numba_lock import numba_lock
 from infnerf_ns.model import InfNeRFModel
 
@@ -31,6 +32,7 @@ class Machine(RenderStateMachine):
 
     def __init__(self) -> None:
         self.interrupt_render_flag = False
+        self.running = True
         self.files: set[str] = set()
 
     def trace(self, frame: FrameType, event: str, argument: object) -> Callable:
@@ -75,6 +77,49 @@ def test_a_picture_is_given_up_between_two_chunks(model: InfNeRFModel) -> None:
     assert "model" in machine.files, "the trace function was there"
     traced = machine.files & {"node_cache", "views", "rays", "numba_ops", "numba_lock", "shading", "field", "threading"}
     assert not traced, "nothing that holds a lock is interrupted"
+
+
+def test_a_picture_of_a_closed_page_is_given_up(model: InfNeRFModel) -> None:
+    """Regression: it was drawn to its end, a minute or more, and nobody else's could be meanwhile."""
+    camera, machine = tiny_camera(CameraType.PERSPECTIVE, 60.0, 48, 32), Machine()
+    chunks = 0
+
+    def close_the_page_in_the_second(_: object) -> None:
+        nonlocal chunks
+        chunks += 1
+        machine.running = chunks < 2
+
+    model.on_evaluated = close_the_page_in_the_second
+    with pytest.raises(IOChangeException), SetTrace(machine.trace):
+        model.get_outputs_for_camera(camera)
+    assert chunks == 2
+    with pytest.raises(IOChangeException), SetTrace(machine.trace):
+        model.get_outputs_for_camera(camera)
+    assert chunks == 2, "none is begun"
+
+
+def test_pictures_are_given_up_before_python_ends_their_threads(
+    model: InfNeRFModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(interruption, "_leaving", threading.Event())
+    begun, ended, machine = threading.Event(), [], Machine()
+    model.on_evaluated = lambda _: begun.set()
+
+    def page() -> None:
+        while not ended:  # as nerfstudio's: the next one at once
+            try:
+                with SetTrace(machine.trace):
+                    model.get_outputs_for_camera(tiny_camera(CameraType.PERSPECTIVE, 60.0, 480, 320))
+            except IOChangeException as error:
+                ended.append(error)
+
+    thread = threading.Thread(target=page, daemon=True)
+    thread.start()
+    assert begun.wait(60)
+    interruption._give_pictures_up()
+    assert not interruption._pictures
+    thread.join(10)
+    assert ended and not thread.is_alive()
 
 
 def test_other_trace_functions_stay(model: InfNeRFModel) -> None:

@@ -73,6 +73,7 @@ def test_without_rasterio_there_is_a_remedy(tmp_path: Path, monkeypatch: pytest.
         ({"gsd": 1e-300}, "--gsd 1e-300: the map would have .* pixels, which is too many"),
         ({"gsd": 5e-324}, "--gsd 4.94066e-324: the map would have inf x inf pixels"),
         ({"gsd": 1e300}, r"--gsd 1e\+300: one pixel would be larger than the map, 10 x 5"),
+        ({"bounds": (0.0, 0.0, 1e-12, 1e-12)}, "--bounds .*: a pixel would be .* less than the scene's numbers"),
         ({"width": 10_000_000}, "--width 10000000: the map would have"),
         ({"bounds": (-1e308, -1e308, 1e308, 1e308)}, "--bounds .* 1,000,000 times as wide as the scene"),
         ({"origin": (1e300, 0.0)}, r"--origin 1e\+300 0.0: allowed is -1e\+10 to 1e\+10"),
@@ -100,6 +101,12 @@ def test_older_outputs_stay(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="map.png is there already: choose another name, or give --overwrite"):
         Ortho(tmp_path, output=path).main()
     assert path.read_text() == "older"
+    path.rename(tmp_path / "map.pgw")
+    with pytest.raises(InputError, match="map.pgw is there already: choose another name, or give --overwrite"):
+        Ortho(tmp_path, output=path).main()
+    assert (tmp_path / "map.pgw").read_text() == "older"
+    with pytest.raises(InputError, match="map.pgw is a file, nothing can be put into it"):
+        Ortho(tmp_path, output=tmp_path / "map.pgw" / "map.png").main()
     with pytest.raises(InputError, match="is a folder"):
         Ortho(tmp_path, output=_folder(tmp_path / "folder.png"), overwrite=True).main()
 

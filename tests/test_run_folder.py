@@ -1,9 +1,11 @@
 """A training's folder is its own, and a full or read-only disk is said, in a small file system of its own."""
 
+import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -155,6 +157,24 @@ def test_who_keeps_all_checkpoints_loses_none(small_disk):
     folder = small_disk / "models"
     assert write(folder, 1, None) is None and write(folder, 2, None) is None
     assert "the disk is full" in write(folder, 3, None) and steps_in(folder) == [2, 1]
+
+
+@pytest.mark.parametrize(("free", "refused"), [(2.9, True), (3.1, False), (5.9, False)])
+def test_a_disk_without_room_for_a_checkpoint_is_said_before_the_first_step(
+    tmp_path, monkeypatch, capsys, free, refused
+):
+    """Regression: it was said when the training had ended, and all of it was lost."""
+    numbers = torch.nn.Parameter(torch.zeros(1 << 20))
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=int(free * numbers.nbytes)))
+    if refused:
+        with pytest.raises(InputError, match=f"12 MiB are free in {tmp_path}, and a checkpoint needs 12 MiB"):
+            checkpoints.require_space(tmp_path, [numbers])
+        with pytest.raises(InputError, match="MiB are free in .*--output-dir"):
+            monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=1000))
+            tiny_config(tmp_path).setup().setup()
+    else:
+        checkpoints.require_space(tmp_path, [numbers])
+        assert "a second may not find room" in capsys.readouterr().err
 
 
 def test_last_weights_that_are_not_written_are_a_failure(tmp_path, monkeypatch):

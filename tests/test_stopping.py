@@ -49,6 +49,18 @@ def dropped():  # Python prints and drops what is raised in a finaliser
     while True:
         time.sleep(0.01)
 
+def drawing():  # as a viewer does, in a thread that Python does not wait for
+    import threading
+    import numpy as np
+    import torch
+    def draw():
+        numbers = torch.ones(1 << 20)
+        while True:
+            numbers.exp_()
+    threading.Thread(target=draw, daemon=True).start()
+    time.sleep(0.5)
+    wait()
+
 scripts.run({})
 """
 
@@ -89,6 +101,14 @@ def test_a_command_cleans_up(number: int) -> None:
     process = start("cleaning")
     process.send_signal(number)
     assert _ended(process) == (exit_code(number), "cleaned\n", "infnerf: stopped\n")
+
+
+def test_a_thread_in_compiled_code_does_not_abort_it() -> None:
+    """Regression: Ctrl-C of ns-viewer while it drew a picture ended with "terminate called" and SIGABRT, as Python ends
+    the threads that are left wherever they are."""
+    process = start("drawing")
+    process.send_signal(signal.SIGINT)
+    assert _ended(process) == (130, "", "infnerf: stopped\n")
 
 
 def test_the_line_says_what_is_kept() -> None:

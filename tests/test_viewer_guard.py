@@ -30,6 +30,7 @@ from websockets.sync.client import ClientConnection, connect
 from infnerf_ns import viewer_guard
 from infnerf_ns.viewer import OctreeViewer
 from infnerf_ns.viewer_guard import HOSTS_VARIABLE, ViewerGuard
+from infnerf_ns.viewer_input import PageMessages
 
 CAMERA = {
     "type": "ViewerCameraMessage",
@@ -308,6 +309,22 @@ def page(opened: Open) -> Iterator[ClientConnection]:
         (machine,) = wait_for(opened.machines, "a thread that renders")
         yield page
     wait_for(lambda: not machine.is_alive() and not opened.machines(), "the page's end")
+
+
+def test_a_page_says_where_its_camera_is_first(opened: Open) -> None:
+    """Regression: viser knows no page before; each other message of it was a traceback in the log."""
+    messages = PageMessages()
+    messages.server = opened.viewer.viser_server
+    update = {"type": "GuiUpdateMessage", "id": opened.control("Maximum level")._impl.id, "updates": {"value": 1}}
+    for message, placed, passes in [(update, False, False), (CAMERA, False, True), (update, True, True)]:
+        assert (messages.cleaned(msgspec.msgpack.encode(message), placed=placed) is not None) == passes
+    before = opened.control("Maximum level").value
+    with opened.page() as page:
+        set_control(opened, page, "Maximum level", 0 if before else 1)
+        send(page, CAMERA)
+        wait_for(opened.machines, "a thread that renders")
+        assert opened.control("Maximum level").value == before
+    wait_for(lambda: not opened.machines(), "the page's end")
 
 
 CLAMPED = [

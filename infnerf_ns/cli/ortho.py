@@ -7,6 +7,7 @@ it is finished; neither the map nor, for a packed run, the octree has to fit int
 
 from __future__ import annotations
 
+import os
 import zlib
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,15 +21,18 @@ from infnerf_ns.cli.command import Command, run_command
 from infnerf_ns.cli.ortho_map import Map
 from infnerf_ns.cli.ortho_render import TileRenderer, content_box
 from infnerf_ns.cli.ortho_tiles import TileFolder
-from infnerf_ns.cli.raster_files import Content, require_writable_kind
+from infnerf_ns.cli.raster_files import Content, require_writable_kind, world_file_path
 from infnerf_ns.cli.raster_grid import ParallelRays, RasterGrid
 from infnerf_ns.cli.runs import open_run
 from infnerf_ns.errors import InputError
 from infnerf_ns.map_frame import TRANSFORMS, MapFrame, map_frame
 from infnerf_ns.model import InfNeRFModel
+from infnerf_ns.regular_files import require_writable
 from infnerf_ns.validation import Range, enforce, validate_config, warn
 
 _LONGER_SIDE = 2048
+_SMALLEST_PIXEL = 1e-8
+"""Side of a pixel over the width of the scene, whose positions are single-precision numbers."""
 _WIDEST = 1_000_000
 """A map's extent over the scene's: beyond it, float32 knows no pixels any more."""
 _MOST_PIXELS = 2**40
@@ -134,8 +138,12 @@ class Ortho(Command):
             require_writable_kind(path, content, self.crs, flags[content])
             if path.is_dir():
                 raise InputError(f"{flags[content]} {path} is a folder: give the name of a file")
-            if path.exists() and not self.overwrite:
-                raise InputError(f"{flags[content]} {path} is there already: choose another name, or give --overwrite")
+            require_writable(flags[content], path)
+            for written in (path, *([world_file_path(path)] if path.suffix.lower() == ".png" else [])):
+                if os.path.lexists(written) and not self.overwrite:
+                    raise InputError(
+                        f"{flags[content]} {path}: {written} is there already: choose another name, or give --overwrite"
+                    )
         return targets
 
     def _check_frame(self, frame: MapFrame, folder: Path) -> None:
@@ -175,6 +183,9 @@ class Ortho(Command):
                 f"{flag}: the map would have {wide / side:.3g} x {deep / side:.3g} pixels, which is too many;"
                 " make the pixels larger, or the map smaller with --bounds"
             )
+        if side < _SMALLEST_PIXEL * max(content[2] - content[0], content[3] - content[1]):
+            flag = f"--gsd {self.gsd:g}" if self.gsd is not None else f"--bounds {' '.join(map(str, bounds))}"
+            raise InputError(f"{flag}: a pixel would be {side:.3g} wide, less than the scene's numbers can tell apart")
         if self.gsd is not None:
             return RasterGrid.covering(bounds, self.gsd, snapped=self.bounds is None)
         if self.width is not None:

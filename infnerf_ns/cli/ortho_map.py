@@ -12,9 +12,10 @@ import numpy as np
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from infnerf_ns.cli.ortho_tiles import Tile, TileFolder
-from infnerf_ns.cli.raster_files import Content, raster_writer, world_file
+from infnerf_ns.cli.raster_files import Content, raster_writer, world_file, world_file_path
 from infnerf_ns.cli.raster_grid import RasterGrid, Window
 from infnerf_ns.errors import InputError
+from infnerf_ns.regular_files import write_whole_file
 from infnerf_ns.training.stopping import kept
 
 _BYTES = {"rgb": 4, "height": 4}
@@ -113,7 +114,7 @@ class Map:
                 self._write(content, path, drafts[path], tiles, progress)
             for path, draft in drafts.items():
                 if path.suffix.lower() == ".png":
-                    path.with_suffix(".pgw").write_text(world_file(self.grid))
+                    write_whole_file(world_file_path(path), world_file(self.grid).encode())
                 draft.replace(path)
         finally:
             for draft in drafts.values():

@@ -16,17 +16,19 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
 
+import numpy as np
 import torch
 import tyro
 import yaml
 from rich.progress import track
 
 from infnerf_ns.cli.runs import load_run_config, newest_checkpoint, place_config
-from infnerf_ns.data.capture.record import RECORD
+from infnerf_ns.data.capture.record import RECORD, CaptureRecord
 from infnerf_ns.errors import InputError
-from infnerf_ns.map_frame import TRANSFORMS
+from infnerf_ns.map_frame import TRANSFORMS, map_frame
 from infnerf_ns.octree import Octree
 from infnerf_ns.pages import PageLayout
+from infnerf_ns.regular_files import read_small_file
 from infnerf_ns.state_validation import require_model_state
 from infnerf_ns.streaming.packing import CHECKSUMS, Track, small_state, write_pages
 from infnerf_ns.streaming.page_files import PAGES
@@ -112,6 +114,7 @@ def pack_run(run: Path, *, half: bool, overwrite: bool, progress: Track) -> Pack
             " train on and pack a later checkpoint"
         )
     layout = PageLayout(*sizes)
+    beside = _files_beside(folder)
     work = folder.with_name(f".{target.name}.unfinished")
     try:
         shutil.rmtree(work, ignore_errors=True)  # of a packing that was killed
@@ -135,9 +138,8 @@ def pack_run(run: Path, *, half: bool, overwrite: bool, progress: Track) -> Pack
         config.timestamp += _SUFFIX
         place_config(config, target)
         (work / "config.yml").write_text(yaml.dump(config), encoding="utf-8")
-        for kept in (TRANSFORMS, RECORD):
-            if (folder / kept).exists():
-                shutil.copy(folder / kept, work)
+        for name, content in beside.items():
+            (work / name).write_bytes(content)
         sizes = sum(file.stat().st_size for file in (work / PAGES).rglob("*.safetensors")), checkpoint.stat().st_size
         _put_in_place(work, target)
     except OSError as error:
@@ -148,6 +150,19 @@ def pack_run(run: Path, *, half: bool, overwrite: bool, progress: Track) -> Pack
     finally:
         shutil.rmtree(work, ignore_errors=True)
     return Packed(target, octree, *sizes, rounding)
+
+
+def _files_beside(folder: Path) -> dict[str, bytes]:
+    """What a run is rendered with beside its configuration and checkpoint, by name; both are read as the commands that
+    use them do, so that what goes along is nothing else."""
+    found = {}
+    if os.path.lexists(folder / TRANSFORMS):
+        map_frame(folder, np.array([0.0, 0.0, 1.0]))
+        found[TRANSFORMS] = read_small_file(folder / TRANSFORMS, "the run's transform,")
+    if os.path.lexists(folder / RECORD):
+        CaptureRecord.read(folder / RECORD)
+        found[RECORD] = (folder / RECORD).read_bytes()
+    return found
 
 
 def _require_space(folder: Path, model_bytes: int, layout: PageLayout, octree: Octree, half: bool) -> None:

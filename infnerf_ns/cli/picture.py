@@ -18,6 +18,7 @@ from infnerf_ns.cli.command import Command, run_command
 from infnerf_ns.cli.runs import open_run
 from infnerf_ns.errors import InputError
 from infnerf_ns.pipeline import InfNeRFPipeline
+from infnerf_ns.regular_files import require_writable
 from infnerf_ns.validation import Range, require_valid
 
 _SUFFIXES = (".png", ".jpg")
@@ -47,6 +48,7 @@ class Picture(Command):
             raise InputError(f"--load-config {self.load_config}: there is no such file; give a run's config.yml")
         if self.output.suffix.lower() not in _SUFFIXES:
             raise InputError(f"--output {self.output}: the name must end in {' or '.join(_SUFFIXES)}")
+        require_writable("--output", self.output)
         pipeline = open_run(self.load_config).pipeline
         held_out = pipeline.datamanager.fixed_indices_eval_dataloader
         rows = []
@@ -56,7 +58,9 @@ class Picture(Command):
             rows.append(self._row(pipeline, *held_out.get_camera(number)))
         narrowest = min(row.shape[1] for row in rows + [np.empty((1, self.width))])
         scaled = [
-            cv2.resize(row, (narrowest, round(len(row) * narrowest / row.shape[1])), interpolation=cv2.INTER_AREA)
+            cv2.resize(
+                row, (narrowest, max(1, round(len(row) * narrowest / row.shape[1]))), interpolation=cv2.INTER_AREA
+            )
             for row in rows
         ]
         picture = np.rint(np.concatenate(scaled).clip(0, 1) * 255).astype(np.uint8)

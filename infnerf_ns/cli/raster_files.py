@@ -106,6 +106,11 @@ def raster_writer(
             yield tiff
 
 
+def world_file_path(png: Path) -> Path:
+    """Of the world file that lies beside a PNG."""
+    return png.with_suffix(".pgw")
+
+
 def world_file(grid: RasterGrid) -> str:
     """Content of the world file: pixel size and turn, then where the middle of the first pixel lies."""
     numbers = grid.gsd, 0.0, 0.0, -grid.gsd, grid.west + grid.gsd / 2, grid.north - grid.gsd / 2

@@ -17,6 +17,7 @@ import yaml
 
 from infnerf_ns.cli.runs import load_run_config, place_config
 from infnerf_ns.errors import InputError
+from infnerf_ns.regular_files import read_small_file, write_whole_file
 from infnerf_ns.run_config import make_paths_absolute
 
 BEFORE = "config.before.yml"
@@ -45,12 +46,11 @@ class RewriteConfig:
         if capture.exists():  # else nobody knows what a relative path starts from
             make_paths_absolute(config)
         file, before = folder / "config.yml", folder / BEFORE
-        draft = folder / ".config.yml.tmp"
+        content = yaml.dump(config).encode()
         try:
-            draft.write_text(yaml.dump(config), encoding="utf-8")
-            if file.exists() and not before.exists():
-                os.replace(file, before)
-            os.replace(draft, file)
+            if file.exists() and not os.path.lexists(before):
+                write_whole_file(before, read_small_file(file, "the configuration"))
+            write_whole_file(file, content)
         except OSError as error:
             raise InputError(
                 f"{file} cannot be written ({error.strerror}): allow writing there, or copy the run elsewhere"

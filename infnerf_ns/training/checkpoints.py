@@ -12,7 +12,7 @@ import pickle
 import random
 import re
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, Optional
 
@@ -146,7 +146,7 @@ def _write(state: dict[str, Any], folder: Path, name: str) -> Optional[Exception
         folder.mkdir(parents=True, exist_ok=True)
         for leftover in folder.parent.glob(".step-*.ckpt.tmp"):
             leftover.unlink()
-        with _NotingWriter(temporary, "wb") as file:
+        with _NotingWriter(temporary, "xb") as file:
             torch.save(state, file)
             os.fsync(file.fileno())
         os.replace(temporary, folder / name)
@@ -169,6 +169,25 @@ def _full_disk(state: dict[str, Any], folder: Path) -> str:
         f"the disk is full: a checkpoint needs {needed / 2**20:.1f} MiB, and {free / 2**20:.1f} MiB are free, or less"
         " by a quota"
     )
+
+
+def require_space(folder: Path, parameters: Iterable[torch.nn.Parameter]) -> None:
+    """Ends a training before its first step if none of its checkpoints could be written; a warning where one could, but
+    no second beside it. (Quotas are not known.)
+
+    Args:
+        folder: of the run, which is there.
+        parameters: of the model; a checkpoint holds them and two moments of each.
+
+    Raises:
+        InputError: the disk is too full.
+    """
+    needed, free = 3 * sum(parameter.nbytes for parameter in parameters), shutil.disk_usage(folder).free
+    sizes = f"{free / 2**20:.0f} MiB are free in {folder}, and a checkpoint needs {needed / 2**20:.0f} MiB"
+    if free < needed:
+        raise InputError(f"{sizes}: make room, or choose another --output-dir")
+    if free < 2 * needed:
+        warn(f"{sizes}: once there is one, a second may not find room; make room, or choose another --output-dir")
 
 
 def read_checkpoint(path: Path, mapped: bool = False) -> Optional[dict[str, Any]]:

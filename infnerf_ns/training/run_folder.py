@@ -51,6 +51,25 @@ def require_own_folder(config: TrainerConfig) -> Path:
     return folder
 
 
+def inner_folder_problems(config: TrainerConfig, prefix: str = "--") -> list[str]:
+    """Folders of a run that are not within it. A run is moved, copied and packed as one folder, and one of a stranger
+    must not name files elsewhere.
+
+    Args:
+        config: of the run.
+        prefix: before the settings' names.
+    """
+    folders = {
+        "relative-model-dir": config.relative_model_dir,
+        "logging.relative-log-dir": config.logging.relative_log_dir,
+    }
+    return [
+        f"{prefix}{name} {folder}: allowed is a folder within the run's, without '..'"
+        for name, folder in folders.items()
+        if Path(folder).is_absolute() or ".." in Path(folder).parts
+    ]
+
+
 def _resumes_into(config: TrainerConfig, folder: Path) -> bool:
     """Whether what the training starts from is in its own folder."""
     start = config.load_dir or config.load_checkpoint
@@ -64,11 +83,16 @@ def _write_problem(folder: Path) -> Optional[str]:
     """Why nothing can be written into a folder, which is made if it is missing."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        with open(folder / LOCK, "ab"):
-            pass
+        os.close(_open_lock(folder))
     except OSError as error:
         return error.strerror or str(error)
     return None
+
+
+def _open_lock(folder: Path) -> int:
+    """The descriptor of the lock's file; a link in its place, in a folder that a stranger has made, is no such file."""
+    flags = os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0)
+    return os.open(folder / LOCK, flags, 0o666)
 
 
 class FolderLock:
@@ -90,7 +114,7 @@ class FolderLock:
         """
         if self._descriptor is not None:
             return
-        descriptor = os.open(self.folder / LOCK, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+        descriptor = _open_lock(self.folder)
         try:
             if fcntl is None:
                 raise OSError("this system has no file locks")

@@ -6,19 +6,24 @@ Nothing but the standard library is imported here, so that a command can be stop
 
 from __future__ import annotations
 
+import atexit
 import os
 import signal
 import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from types import FrameType, TracebackType
-from typing import Optional
+from typing import NoReturn, Optional
 
-_PATIENCE = 10.0
+_PATIENCE = 5.0
 """Seconds that an ending process has to clean up. Python drops an exception that a signal raises within a callback (of
 the import system, for instance), and the process would run on."""
+_is_command = False
+"""This process is a command, which nothing goes on in once it ends."""
+_code: Optional[int] = None
+"""that it ends with, once that is known"""
 
 
 class StopSignals:
@@ -62,7 +67,29 @@ class StopSignals:
                     _leave(self._terminals)
         elif number != _hang_up():  # a terminal that closes is told by the kernel and by the shell
             say("stopped at once; what was saved before is intact")
-            raise SystemExit(exit_code(number))
+            leave(exit_code(number))
+
+
+def leave(code: int) -> NoReturn:
+    """Ends the process after its cleaning up. Python would then end the threads that are left (a viewer's) wherever
+    they are, which aborts the process in the middle of compiled code; so it ends before that.
+
+    Args:
+        code: of the exit.
+    """
+    global _code
+    _code = code
+    raise SystemExit(code)
+
+
+@atexit.register
+def _end_before_the_threads() -> None:
+    """The last of the functions at exit: it is the first that this package registers."""
+    if _is_command and _code is not None:
+        for stream in (sys.stdout, sys.stderr):
+            with suppress(OSError, ValueError, AttributeError):
+                stream.flush()
+        os._exit(_code)
 
 
 def exit_code(number: int) -> int:
@@ -101,7 +128,8 @@ def end_on_signals(line: str = "stopped") -> None:
     thread, and only where nobody else handles them."""
     if threading.current_thread() is not threading.main_thread():
         return
-    terminals, ending = _terminals(), False
+    global _is_command
+    terminals, ending, _is_command = _terminals(), False, True
 
     def end(number: int, frame: Optional[FrameType]) -> None:
         nonlocal ending
@@ -114,7 +142,7 @@ def end_on_signals(line: str = "stopped") -> None:
         if number == _hang_up():
             _leave(terminals)
         _end_soon(number)
-        raise SystemExit(exit_code(number))
+        leave(exit_code(number))
 
     # A shell's script starts what it puts into the background with SIGINT ignored; one that comes was meant even so.
     nobodys = (signal.SIG_DFL, signal.SIG_IGN, signal.default_int_handler)

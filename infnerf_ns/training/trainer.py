@@ -39,9 +39,9 @@ from infnerf_ns.training.event_files import spare_the_training
 from infnerf_ns.training.level_groups import accumulation_problems, expand_optimizers, level_group, optimizer_problems
 from infnerf_ns.training.logging_services import require_services
 from infnerf_ns.training.optimizer import LevelOptimizers, NodeAdam
-from infnerf_ns.training.run_folder import FolderLock, require_own_folder
+from infnerf_ns.training.run_folder import FolderLock, inner_folder_problems, require_own_folder
 from infnerf_ns.training.stability import StabilityConfig, StepGuard, groups_not_finite, values_finite
-from infnerf_ns.training.stopping import StopSignals, exit_code, say
+from infnerf_ns.training.stopping import StopSignals, exit_code, leave, say
 from infnerf_ns.validation import Range, Report, enforce, validate_config, warn
 from infnerf_ns.viewer_address import for_ns_viewer, port_problems, require_address, require_guarded
 
@@ -150,7 +150,7 @@ class InfNeRFTrainerConfig(TrainerConfig):
 
     def check(self) -> list[str]:
         """Values that cannot work; one line each, naming the flag."""
-        problems = port_problems(self.viewer) + thread_problems(self.threads)
+        problems = port_problems(self.viewer) + thread_problems(self.threads) + inner_folder_problems(self)
         if self.max_num_iterations < 1:
             problems.append(f"--max-num-iterations {self.max_num_iterations}: allowed is at least 1")
         for name in ("steps_per_save", "steps_per_eval_batch", "steps_per_eval_image", "steps_per_eval_all_images"):
@@ -289,9 +289,11 @@ class InfNeRFTrainer(Trainer):
             write_record = getattr(self.pipeline.datamanager, "write_record", None)
             if write_record is not None and self.local_rank == 0:
                 write_record(self.base_dir / RECORD)
+            if self.local_rank == 0:
+                checkpoints.require_space(self.base_dir, self._all_parameters())
         spare_the_training()
         if self._signals.received is not None:  # Python drops what is raised within some callbacks
-            raise SystemExit(exit_code(self._signals.received))
+            leave(exit_code(self._signals.received))
 
     def release_folder(self) -> None:
         """Lets other trainings write into the run's folder: for whoever takes the steps without `train`, and saves
@@ -429,7 +431,8 @@ class InfNeRFTrainer(Trainer):
         if failure is None:
             self._saved_step = step
         else:
-            warn(f"the checkpoint {path} could not be written ({failure}); the one before is kept, training goes on")
+            kept = "the one before is kept" if self._own_checkpoints() or self._resumed_from else "there is none before"
+            warn(f"the checkpoint {path} could not be written ({failure}); {kept}")
 
     def _load_checkpoint(self) -> None:
         """Load the newest readable candidate, found at construction; nothing to do for a new run."""
@@ -592,15 +595,15 @@ class InfNeRFTrainer(Trainer):
             )
         else:
             print("infnerf: stopped before there was anything to save", flush=True)
-        raise SystemExit(exit_code(cast(int, self._signals.received)))
+        leave(exit_code(cast(int, self._signals.received)))
 
     def _on_stop_request(self, number: int) -> None:
         """Called from the signal handler, in the main thread, at the first request."""
         if self._phase == "setup":
             say("stopped before training began; nothing to save")
-            raise SystemExit(exit_code(number))
+            leave(exit_code(number))
         if self._phase == "waiting":  # nerfstudio has said that Ctrl-C ends it
-            raise SystemExit(0 if number == signal.SIGINT else exit_code(number))
+            leave(0 if number == signal.SIGINT else exit_code(number))
         self.stop_training = True
         say("stopping: the current step is finished and saved; once more to stop at once")
         if self._phase == "evaluating":

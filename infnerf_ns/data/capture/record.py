@@ -14,7 +14,6 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
-import os
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path, PurePath
@@ -32,6 +31,7 @@ from infnerf_ns.data.capture.reading import METADATA_KEY, CapturePhotos
 from infnerf_ns.data.capture.recorded_photos import RecordedOutputs
 from infnerf_ns.data.sfm import SfMScene
 from infnerf_ns.errors import InputError
+from infnerf_ns.regular_files import require_regular_file, write_whole_file
 from infnerf_ns.validation import shortened, warn
 
 RECORD = "capture.safetensors"
@@ -132,18 +132,13 @@ class CaptureRecord:
             "splits": names,
             "stored": stored,
         }
-        temporary = file.with_name(f".{file.name}.tmp")
         try:
             file.parent.mkdir(parents=True, exist_ok=True)
-            temporary.write_bytes(save(tensors, {_HEADER: json.dumps(header)}))
-            os.replace(temporary, file)
+            write_whole_file(file, save(tensors, {_HEADER: json.dumps(header)}))
         except OSError as error:
             raise InputError(
                 f"{file} cannot be written ({error.strerror}): free disk space, or choose another --output-dir"
             ) from error
-        finally:
-            if temporary.exists():
-                temporary.unlink()
 
     # -- reading
 
@@ -154,6 +149,7 @@ class CaptureRecord:
         Raises:
             InputError: it is damaged, or of a later version.
         """
+        require_regular_file(file, "the run's record of its capture,")
         try:
             with safe_open(file, framework="pt") as opened:
                 header = json.loads((opened.metadata() or {})[_HEADER])
