@@ -75,7 +75,7 @@ def read_small_file(path: Path, what: str, most: int = 1 << 24) -> bytes:
 
     Args:
         path: of the file.
-        what: it is, for the line.
+        what: it is, for the line; may be empty.
         most: bytes.
 
     Raises:

@@ -57,7 +57,7 @@ def read_run_config(path: Path) -> InfNeRFTrainerConfig:
         InputError: it cannot be read, asks for anything but configuration classes and plain values, is not of this
             package, or holds a value of a wrong type or out of range.
     """
-    content = read_small_file(path, "the configuration", _MAX_BYTES)
+    content = read_small_file(path, "", _MAX_BYTES)
     try:
         loader = _RunLoader(content.decode("utf-8"))
         try:

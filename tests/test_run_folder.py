@@ -170,7 +170,7 @@ def test_a_disk_without_room_for_a_checkpoint_is_said_before_the_first_step(
         with pytest.raises(InputError, match=f"12 MiB are free in {tmp_path}, and a checkpoint needs 12 MiB"):
             checkpoints.require_space(tmp_path, [numbers])
         with pytest.raises(InputError, match="MiB are free in .*--output-dir"):
-            monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=1000))
+            monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=0))
             tiny_config(tmp_path).setup().setup()
     else:
         checkpoints.require_space(tmp_path, [numbers])
