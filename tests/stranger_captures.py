@@ -12,6 +12,7 @@ import functools
 import json
 import os
 import struct
+import unicodedata
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
@@ -769,6 +770,85 @@ def UTM__poses_without_points(folder: Path) -> None:
     changed(folder, lambda meta: each_pose(meta, _moved))
 
 
+@transforms(line="photo .*005.png is .* units from the others.*correct its pose or remove the photo")
+def UTM__one_photo_at_zero(folder: Path) -> None:
+    meta = draft(folder)
+    each_pose(meta, _moved)
+    for row in range(3):
+        meta["frames"][5]["transform_matrix"][row][3] = 0.0
+    write_ply(folder / "sparse_pc.ply", town().xyz + UTM, town().rgb, "double")
+    write_meta(folder, meta)
+
+
+# What nerfstudio would leave out, or count twice
+
+
+@transforms(line="OPENCV with k5 = 0.2, which nerfstudio's cameras do not have")
+def lens__of_eight_coefficients(folder: Path) -> None:
+    changed(folder, lambda meta: meta.update(k5=0.2, k6=0.1))
+
+
+@transforms(line="fl_x holds for photos of different sizes, .*000.png of 96 x 72 and .*001.png of 48 x 36")
+def lens__one_for_two_sizes(folder: Path) -> None:
+    meta = draft(folder)
+    for name in ("w", "h"):
+        meta.pop(name)
+    for frame in meta["frames"][1::2]:
+        path = folder / frame["file_path"]
+        with Image.open(path) as photo:
+            photo.resize((photo.width // 2, photo.height // 2)).save(path)
+    write_meta(folder, meta)
+
+
+@transforms(line="photo .*images/005.png twice, with different poses")
+def names__twice_in_two_spellings(folder: Path) -> None:
+    def change(meta: Meta) -> None:
+        meta["frames"].append({**meta["frames"][6], "file_path": "images//005.png"})
+
+    changed(folder, change)
+
+
+@transforms(like="ordinary")
+def names__both_slashes(folder: Path) -> None:
+    def change(meta: Meta) -> None:
+        for frame in meta["frames"]:
+            frame["file_path"] = "./" + frame["file_path"].replace("/", "\\")
+
+    changed(folder, change)
+
+
+@transforms(like="ordinary")
+def names__decomposed_letters(folder: Path) -> None:
+    """Archives from macOS: the folder has the letters taken apart, the file has them whole."""
+    meta = draft(folder)
+    (folder / "images").rename(folder / "photos")
+    for frame in meta["frames"]:
+        name = frame["file_path"].replace("images/", "photos/")
+        new = name.replace("photos/", "photos/\u00f6")
+        (folder / name).rename(folder / unicodedata.normalize("NFD", new))
+        frame["file_path"] = new
+    write_meta(folder, meta)
+
+
+@transforms(like="ordinary")
+def cloud__textured_mesh(folder: Path) -> None:
+    changed(folder, lambda meta: None)
+    path = folder / "sparse_pc.ply"
+    head, _, rows = path.read_text().partition("end_header\n")
+    head = head.replace("element vertex", "comment TextureFile pipe\nelement vertex")
+    head = head.replace("property float z\n", "property float z\nproperty float s\nproperty float t\n")
+    head += "element face 2\nproperty list uchar int vertex_indices\nproperty list uchar float texcoord\nend_header\n"
+    lines = [line.split() for line in rows.splitlines()]
+    text = "\n".join(" ".join([*line[:3], "0.25", "0.75", *line[3:]]) for line in lines)
+    path.write_text(head + text + "\n3 0 1 2 6 0 0 0 1 1 1\n3 1 2 3 6 0 0 0 1 1 0\n")
+    os.mkfifo(folder / "pipe")
+
+
+@transforms(like="ordinary")
+def applied_scale(folder: Path) -> None:
+    changed(folder, lambda meta: meta.update(applied_scale=2.0))
+
+
 # Few photos
 
 
@@ -1173,6 +1253,15 @@ def COLMAP__cut_points(folder: Path) -> None:
 @colmap(line="has no COLMAP model")
 def COLMAP__no_model(folder: Path) -> None:
     colmap_draft(folder)
+
+
+@colmap(like="COLMAP: ordinary")
+def COLMAP__matches_of_larger_photos(folder: Path) -> None:
+    """Photos and cameras were scaled by hand, the matches were not."""
+    model = colmap_draft(folder)
+    for photo in model.photos.values():
+        photo.matches = photo.matches * 2
+    write_binary(folder / MODEL, model)
 
 
 def tiny_town() -> Town:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -54,6 +55,11 @@ def with_tracks(outputs: DataparserOutputs, shift: float = 0.0, pixels: bool = T
     tracks = Tracks(torch.cat(points), torch.cat(photos), torch.cat(places) if pixels else None)
     outputs.metadata = {**outputs.metadata, "tracks": tracks}
     return outputs
+
+
+def logged(capsys: pytest.CaptureFixture[str]) -> str:
+    """What nerfstudio's console has printed, without its names of files and its line ends."""
+    return " ".join(re.sub(r"\S+\.py:\d+", "", capsys.readouterr().out).split())
 
 
 def edit_photos(folder: Path, edit: Callable[[Image.Image], Image.Image]) -> None:
@@ -184,6 +190,30 @@ def test_points_of_another_frame(tmp_path: Path, edit: Callable[[np.ndarray], np
     edit_points(tmp_path, edit)
     message = refusal(lambda: check_consistency(parse(tmp_path)))
     assert cause in message and "% inside a photo" in message
+
+
+@pytest.mark.parametrize(("factor", "named"), [(4, "0.25"), (3, "0.33"), (0.25, "4")])
+def test_a_focal_length_of_photos_of_another_size(tmp_path: Path, factor: float, named: str) -> None:
+    meta = write_painted(tmp_path)
+    meta.update(fl_x=factor * meta["fl_x"], fl_y=factor * meta["fl_y"])
+    write_json(tmp_path, meta)
+    message = refusal(lambda: check_consistency(parse(tmp_path)))
+    assert f"the focal length should be about {named} times as long" in message
+
+
+def test_few_points_and_other_colours_are_said(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    write_painted(tmp_path / "few")
+    edit_points(tmp_path / "few", lambda points: points[:10])
+    check_consistency(parse(tmp_path / "few"))
+    assert "only 10 points, which hardly say where the scene is" in logged(capsys)
+    write_painted(tmp_path / "classes", colours=False)
+    path = tmp_path / "classes" / "points.ply"
+    head, _, rows = path.read_text().partition("end_header\n")
+    random = np.random.default_rng(0)
+    lines = [" ".join([*line.split()[:3], *map(str, random.integers(0, 255, 3))]) for line in rows.splitlines()]
+    path.write_text(head + "end_header\n" + "\n".join(lines) + "\n")
+    check_consistency(parse(tmp_path / "classes"))
+    assert "the points' own colours are not those of the photos there" in logged(capsys)
 
 
 def test_a_few_far_points_among_good_ones(tmp_path: Path) -> None:

@@ -500,6 +500,19 @@ def test_masks_of_every_mode(tmp_path: Path, kind: str) -> None:
     np.testing.assert_array_equal(read_mask(path, SIZE, AS_STORED, 0.5), _keep()[1::2, 1::2])
 
 
+@pytest.mark.parametrize("white", [255, 1])
+@pytest.mark.parametrize("mode", ["L", "RGB"])
+def test_a_mask_in_a_jpeg_is_split_at_half(white: int, mode: str, tmp_path: Path) -> None:
+    """Regression: next to white, its black is not quite black, and the pixels there counted."""
+    mask = np.zeros((72, 96), np.uint8)
+    mask[:35, :50] = white
+    Image.fromarray(mask).convert(mode).save(tmp_path / "mask.jpg", quality=75 if white > 1 else 100)
+    with Image.open(tmp_path / "mask.jpg") as stored:
+        assert white == 1 or ((np.asarray(stored.convert("L")) > 0) != (mask > 0)).sum() > 20
+    keep = read_mask(tmp_path / "mask.jpg", (96, 72), AS_STORED)
+    assert (keep != (mask > 0)).mean() < (0.002 if white > 1 else 0.05)
+
+
 def test_masks_in_colour_are_refused(tmp_path: Path) -> None:
     Image.fromarray(smooth()).save(tmp_path / "mask.png")
     message = refusal(lambda: read_mask(tmp_path / "mask.png", SIZE, AS_STORED))

@@ -14,7 +14,7 @@ from nerfstudio.data.dataparsers.nerfstudio_dataparser import NerfstudioDataPars
 from tiny_capture import FOCAL, HEIGHT, WIDTH, points, ring, shared_capture, write_capture, write_colmap
 
 from infnerf_ns.data import sfm
-from infnerf_ns.data.capture.parsers import make_parser
+from infnerf_ns.data.capture.parsers import make_parser, read_split
 from infnerf_ns.data.projection import project
 from infnerf_ns.data.sfm import build_sfm_scene
 from infnerf_ns.errors import InputError
@@ -90,6 +90,28 @@ def test_track_footprints_and_ids_of_held_out_photos(tmp_path: Path) -> None:
         match = min(expected, key=lambda key: np.abs(np.array(key) - point).max())
         np.testing.assert_allclose(match, point, atol=2e-5)
         assert expected[match] == (pytest.approx(size, rel=1e-4), count)
+
+
+def test_points_without_a_track_are_projected(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Regression: of a cloud appended to COLMAP's points nothing was left as soon as one point had a track."""
+    write_colmap(tmp_path)
+    path = tmp_path / "sparse" / "0" / "points3D.txt"
+    rows = path.read_text().splitlines()
+    bare = [" ".join(row.split()[:8]) for row in rows[::2]]
+    path.write_text("\n".join([*bare, *rows[1::2]]) + "\n")
+    config = ColmapDataParserConfig(data=tmp_path, colmap_path=Path("sparse/0"), eval_mode="all", downscale_factor=1)
+    outputs = read_split(config, "train", points=True)
+    scene = build_sfm_scene(outputs, outputs.cameras)
+    assert f"{len(bare)} of the {len(rows)} SfM points have no track" in capsys.readouterr().err
+    visible = sfm._observe_visible(outputs.metadata["points3D_xyz"], outputs.cameras)
+    without = outputs.metadata["points3D_num_points2D"] == 0
+    seen = outputs.metadata["points3D_xyz"][without & (visible.num_photos >= sfm.MIN_PHOTOS)]
+    assert len(seen) > 5 and all((scene.points == point).all(dim=-1).any() for point in seen)
+    tracks = sfm._observe_tracks(outputs.metadata["points3D_xyz"], outputs.metadata["tracks"], outputs.cameras)
+    merged = sfm._merged(tracks, visible, without)
+    assert torch.equal(merged.num_photos[~without], tracks.num_photos[~without])
+    assert torch.equal(merged.footprints[without], visible.footprints[without])
+    assert len(merged.distances) == len(merged.distance_points)
 
 
 def test_point_hidden_behind_a_wall_is_not_observed() -> None:

@@ -7,6 +7,7 @@ dataparser made of the capture. Decoding the photos, the last check, is what loa
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from json import JSONDecodeError
 from pathlib import Path
 
@@ -19,10 +20,16 @@ from PIL import UnidentifiedImageError
 from infnerf_ns.data.capture.photo_files import unreadable
 from infnerf_ns.data.capture.reading import check_sizes
 from infnerf_ns.errors import InputError
+from infnerf_ns.validation import warn
 
 MIN_TRAIN_PHOTOS = 2
 ROTATION_TOLERANCE = 1e-3
 """Largest entry of ``R^T R - I`` that still counts as a rotation."""
+MIN_FOR_OUTLIERS = 5
+"""Cameras of which one can be called far from the others."""
+FAR, TOO_FAR = 100.0, 1e4
+"""Distance of a camera over that of nine of ten: a warning, and where single precision no longer tells the others
+apart."""
 ONE_PLACE = 1e-12
 """Spread of cameras over their distance from the origin that is rounding alone."""
 
@@ -68,6 +75,31 @@ def check_spread(positions: Float[np.ndarray, "c 3"], source: str) -> None:
             f"{source}: all photos are taken from one place, which leaves the scene without a scale: check the poses,"
             " or keep the capture's units (--auto-scale-poses False after the dataparser's name)"
         )
+
+
+def check_outliers(positions: Float[np.ndarray, "c 3"], names: Sequence[str], source: str) -> None:
+    """No camera may be so far from the others that nobody can have meant it: a photo without GPS at 0, 0, 0 among those
+    in UTM. nerfstudio makes the distance of the farthest the unit of the scene, and centres all at their mean.
+
+    Args:
+        positions: of all cameras, in double precision.
+        names: of their photos.
+        source: where they were read, for the message.
+
+    Raises:
+        InputError: one is.
+    """
+    apart = np.linalg.norm(positions - np.median(positions, axis=0), axis=1)
+    usual, far = float(np.quantile(apart, 0.9)), int(np.argmax(apart))
+    if len(positions) < MIN_FOR_OUTLIERS or usual <= 0 or apart[far] <= FAR * usual:
+        return
+    what = (
+        f"{source}: photo {names[far]} is {apart[far]:.4g} units from the others, which are within {usual:.4g} of each"
+        " other"
+    )
+    if apart[far] > TOO_FAR * usual:
+        raise InputError(f"{what}: correct its pose or remove the photo")
+    warn(f"{what}: is its pose right?")
 
 
 def explain(error: Exception, config: DataParserConfig) -> InputError:

@@ -116,6 +116,13 @@ def build_sfm_scene(dataparser_outputs: DataparserOutputs, cameras: Cameras) -> 
         return _given_scene(points, metadata, float((dataparser_outputs.cameras.fx.cpu() / cameras.fx).median()))
     if "tracks" in metadata:
         source, observations = "tracks", _observe_tracks(points, metadata["tracks"], cameras)
+        bare = torch.as_tensor(metadata.get("points3D_num_points2D", torch.ones(len(points)))) == 0
+        if bare.any():
+            warn(
+                f"{int(bare.sum())} of the {len(points)} SfM points have no track: which photos see them is found by"
+                " projecting them"
+            )
+            observations = _merged(observations, _observe_visible(points, cameras), bare)
     else:
         source, observations = "visibility", _observe_visible(points, cameras)
     finite = (
@@ -197,6 +204,17 @@ def _observe_tracks(points: Float[Tensor, "n 3"], tracks: Tracks, cameras: Camer
     finest = torch.full((len(points),), torch.inf)
     finest.scatter_reduce_(0, tracks.point, torch.where(depth > 0, size, torch.inf), "amin")
     return _Observations(finest, torch.bincount(tracks.point, minlength=len(points)), distance, tracks.point)
+
+
+def _merged(some: _Observations, others: _Observations, which: Bool[Tensor, "n"]) -> _Observations:
+    """The observations of some points taken from others."""
+    kept, taken = ~which[some.distance_points], which[others.distance_points]
+    return _Observations(
+        torch.where(which, others.footprints, some.footprints),
+        torch.where(which, others.num_photos, some.num_photos),
+        torch.cat([some.distances[kept], others.distances[taken]]),
+        torch.cat([some.distance_points[kept], others.distance_points[taken]]),
+    )
 
 
 def _observe_visible(points: Float[Tensor, "n 3"], cameras: Cameras) -> _Observations:

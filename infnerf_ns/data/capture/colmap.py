@@ -27,7 +27,7 @@ from infnerf_ns.data.capture.files import find_file
 from infnerf_ns.data.capture.georeference import CaptureOutputs, Georeference, placed
 from infnerf_ns.data.capture.intrinsics import Intrinsics, from_colmap, set_kinds
 from infnerf_ns.data.capture.photo_files import check_first_photo
-from infnerf_ns.data.checks import check_pose, check_spread
+from infnerf_ns.data.checks import check_outliers, check_pose, check_spread
 from infnerf_ns.data.point_files import Tracks
 from infnerf_ns.errors import InputError
 from infnerf_ns.regular_files import require_regular_file
@@ -102,6 +102,7 @@ class CaptureColmap(ColmapDataParser):
         poses[:, :3] = applied @ poses
         if self.config.auto_scale_poses:
             check_spread(poses[:, :3, 3], str(path))
+        check_outliers(poses[:, :3, 3], [image.name for image in self._images], str(path))
         self._georeference = Georeference.of(poses[:, :3, 3], applied)
         poses[:, :3, 3] -= self._georeference.offset
         self._poses = poses

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import unicodedata
 from functools import lru_cache
 from pathlib import Path
 
@@ -17,8 +18,9 @@ def slashes(name: str) -> str:
 def find_file(folder: Path, name: str, endings: tuple[str, ...] = ()) -> Path:
     """The file that a capture means by a name.
 
-    Tried in this order: the name itself; the name with other capitals (cameras write .JPG, tools .jpg), if one file
-    has it; the name with one of ``endings`` added.
+    Tried in this order: the name itself; the name with other capitals (cameras write .JPG, tools .jpg) or other code
+    points of the same letters (archives from macOS), if one file has it; the name with one of ``endings`` added; all of
+    it with backslashes for slashes.
 
     Args:
         folder: that the name is relative to.
@@ -34,10 +36,17 @@ def find_file(folder: Path, name: str, endings: tuple[str, ...] = ()) -> Path:
     for candidate in (wanted, *(wanted.with_name(wanted.name + ending) for ending in endings)):
         if candidate.is_file():
             return candidate
-        alike = _by_lower_name(candidate.parent).get(candidate.name.lower(), ())
+        alike = _by_lower_name(candidate.parent).get(_lower(candidate.name), ())
         if len(alike) == 1:
             return candidate.parent / alike[0]
+    if "\\" in str(wanted):  # beside slashes: some programs on Windows write both
+        found = find_file(folder, name.replace("\\", "/"), endings)
+        return found if found.is_file() else wanted
     return wanted
+
+
+def _lower(name: str) -> str:
+    return unicodedata.normalize("NFC", name).lower()
 
 
 @lru_cache(maxsize=64)
@@ -46,7 +55,7 @@ def _by_lower_name(folder: Path) -> dict[str, tuple[str, ...]]:
     names: dict[str, tuple[str, ...]] = {}
     try:
         for entry in folder.iterdir():
-            key = entry.name.lower()
+            key = _lower(entry.name)
             names[key] = (*names.get(key, ()), entry.name)
     except OSError:
         pass

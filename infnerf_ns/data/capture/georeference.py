@@ -23,8 +23,8 @@ from nerfstudio.utils.rich_utils import CONSOLE
 from torch import Tensor
 
 FAR = 100.0
-"""Offsets of captures are left alone below so many times the extent of the cameras: single precision then places
-cameras to 6e-6 of their extent, far below a pixel, and nothing about such captures changes."""
+"""Offsets of captures are left alone below so many times the extent of nine of ten cameras: single precision then
+places cameras to 6e-6 of their extent, far below a pixel, and nothing about such captures changes."""
 
 
 @dataclass
@@ -58,8 +58,8 @@ class Georeference:
         positions: Float64[np.ndarray, "c 3"], applied: Float64[np.ndarray, "3 4"], applied_scale: float = 1.0
     ) -> Georeference:
         """That of a capture whose cameras are at these positions (after A and a)."""
-        centre = positions.mean(axis=0)
-        extent = np.linalg.norm(positions - centre, axis=1).max()
+        centre = np.median(positions, axis=0)  # one camera elsewhere does not decide
+        extent = float(np.quantile(np.linalg.norm(positions - centre, axis=1), 0.9))
         if np.abs(centre).max() <= FAR * extent or extent == 0:
             return Georeference(applied, applied_scale=applied_scale)
         offset = np.round(centre, int(np.clip(np.ceil(-np.log10(extent)) + 1, 0, 300)))

@@ -25,6 +25,8 @@ COEFFICIENTS = ("k1", "k2", "k3", "k4", "p1", "p2")
 UNDISTORT = "undistort the photos (colmap image_undistorter) and use the model that this writes"
 _ZERO = ("k5", "k6", "omega", "k", "sx1", "sy1", "s0", "s1", "s2", "s3")
 """Parameters without a counterpart in nerfstudio: a lens can be taken only where they are 0."""
+_SHORT = ("k", "omega")
+"""Those whose names say too little to mean a lens wherever they stand."""
 _PINHOLE = ("fl_x", "fl_y", "cx", "cy")
 COLMAP_MODELS: dict[int, tuple[str, tuple[str, ...]]] = {
     0: ("SIMPLE_PINHOLE", ("f", "cx", "cy")),
@@ -140,7 +142,8 @@ def from_transforms(
         defaults = _focal_from_angles(given, width, height, where)
     numbers = {"cx": width / 2, "cy": height / 2, **defaults}
     known = COLMAP_MODELS[_NUMBERS[name]][1] if name in _NUMBERS else ()
-    for entry in (*_PINHOLE, *COEFFICIENTS, *(entry for entry in known if entry in _ZERO)):
+    missing = (entry for entry in _ZERO if entry in known or entry not in _SHORT)
+    for entry in (*_PINHOLE, *COEFFICIENTS, *missing):
         if given.get(entry) is not None:
             numbers[entry] = _number(given[entry], entry, where)
     if "fl_x" not in numbers and "fl_y" not in numbers:

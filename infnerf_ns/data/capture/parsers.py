@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import copy
+import math
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -13,13 +16,64 @@ from nerfstudio.data.dataparsers.nerfstudio_dataparser import Nerfstudio
 from torch import Tensor
 
 from infnerf_ns.data.capture.colmap import CaptureColmap
+from infnerf_ns.data.capture.georeference import FAR
+from infnerf_ns.data.capture.intrinsics import COEFFICIENTS
+from infnerf_ns.data.capture.photo_files import read_header
 from infnerf_ns.data.capture.point_cloud import read_ply
-from infnerf_ns.data.capture.transforms import CaptureTransforms
+from infnerf_ns.data.capture.transforms import CaptureTransforms, frame_pose, read_transforms
 from infnerf_ns.data.checks import explain
+from infnerf_ns.errors import InputError
+
+_SIZES = ("fl_x", "fl_y", "cx", "cy", "w", "h", "camera_angle_y")
+_LENS = (*_SIZES, "camera_model", "is_fisheye", *COEFFICIENTS, "k5", "k6")
+_OF_FRAMES = (*_LENS, "camera_angle_x", "mask_path", "depth_file_path")
 
 
 class CaptureBlender(Blender):
-    """nerfstudio's parser of NeRF-Synthetic captures, whose points are read whole or not at all."""
+    """nerfstudio's parser of NeRF-Synthetic captures, whose points are read whole or not at all. It knows the angle
+    ``camera_angle_x`` and photos around their middle; a file that says more is refused, as it would be ignored."""
+
+    def _generate_dataparser_outputs(self, split: str = "train") -> DataparserOutputs:
+        path = self.config.data / f"transforms_{split}.json"
+        if path.exists():
+            self._require_blender(path)
+        return super()._generate_dataparser_outputs(split)
+
+    def _require_blender(self, path: Path) -> None:
+        """Ends with one line if a file means what nerfstudio's parser does not read."""
+        meta = read_transforms(path, self.config.data, least=1)
+        remedy = f"read the capture with 'nerfstudio-data --data {path}', or take it out"
+        for frames, entries in (([meta], _LENS), (meta["frames"], _OF_FRAMES)):
+            for frame in frames:
+                for entry in entries:
+                    value = frame.get(entry)
+                    if value is None or (entry == "camera_angle_x" and value == meta.get(entry)):
+                        continue
+                    if not self._is_usual(entry, value, path, meta):
+                        raise InputError(f"{path} has {entry} = {value!r}, which blender-data ignores: {remedy}")
+        poses = np.stack([frame_pose(frame, frame["file_path"], path) for frame in meta["frames"]])
+        positions = poses[:, :3, 3]
+        extent = np.ptp(positions, axis=0).max()
+        if 0 < FAR * extent < np.abs(positions).max():
+            raise InputError(
+                f"{path} has large coordinates, which blender-data keeps in single precision: move the poses to the"
+                f" origin, or read the capture with 'nerfstudio-data --data {path}'"
+            )
+
+    def _is_usual(self, entry: str, value: Any, path: Path, meta: dict[str, Any]) -> bool:
+        """Whether a value is the one that the parser assumes."""
+        if entry in _SIZES:
+            name = self.config.data / (meta["frames"][0]["file_path"].replace("./", "") + ".png")
+            if not name.is_file() or not isinstance(value, (int, float)):
+                return not name.is_file()  # whoever opens the photo says that it is missing
+            width, height = read_header(name, "photo").stored_size
+            focal = 0.5 * width / math.tan(0.5 * float(meta.get("camera_angle_x", 1.0)))
+            usual = {"w": width, "h": height, "cx": width / 2, "cy": height / 2, "fl_x": focal, "fl_y": focal}
+            usual["camera_angle_y"] = 2 * math.atan(0.5 * height / focal)
+            return math.isclose(value, usual[entry], rel_tol=1e-3)
+        if entry == "camera_model":
+            return str(value).upper() in ("PINHOLE", "SIMPLE_PINHOLE", "OPENCV", "PERSPECTIVE")
+        return not value
 
     def _load_3D_points(self, ply_file_path) -> dict[str, Tensor]:  # noqa: ANN001
         cloud = read_ply(ply_file_path)

@@ -303,21 +303,24 @@ def _numbers(image: Image.Image, header: Header) -> np.ndarray:
 
 
 def _mask_values(image: Image.Image, header: Header) -> UInt8[np.ndarray, "h w"]:
-    """255 where the mask is neither black nor transparent, as stored."""
+    """255 where the mask is neither black nor transparent, as stored; in JPEG files, whose black is not quite black
+    near white, where it is lighter than half of its lightest pixel."""
+    is_jpeg = image.format in ("JPEG", "MPO")
     image = stored_pixels(image, header)
     if header.depth in ("16 bit", "integer", "float"):
         numbers = np.asarray(image)
         return np.where(np.isfinite(numbers) & (numbers != 0), np.uint8(255), np.uint8(0))
     values = np.asarray(_converted(image))
+    dark = values.max() // 2 if is_jpeg else 0
     if values.ndim == 2:
-        return np.where(values > 0, np.uint8(255), np.uint8(0))
+        return np.where(values > dark, np.uint8(255), np.uint8(0))
     colours = values[..., :3]
     if header.mode not in ("P", "PA") and (colours != colours[..., :1]).any():  # palettes of labels are coloured
         raise InputError(
             f"mask {header.path} has {len(image.getbands())} channels: save it with one, "
             "0 = ignore the pixel (they differ, and a mask has no colours)"
         )
-    keep = colours.any(axis=-1)
+    keep = (colours > dark).any(axis=-1)
     if values.shape[2] == 4:
         keep &= values[..., 3] > 0
     return np.where(keep, np.uint8(255), np.uint8(0))

@@ -2,11 +2,13 @@
 
 open3d, with which nerfstudio reads them, needs system libraries and fills in 0, 0, 0 for points that a cut file lacks.
 trimesh reads them in double precision. What the header promises is compared with the file's size before there is memory
-for it, and with what was read after.
+for it, and with what was read after. trimesh is given the vertices alone: of a textured mesh it would open the picture
+that the file names, whatever that is, and make several vertices of those that several parts of the picture share.
 """
 
 from __future__ import annotations
 
+import io
 import re
 from pathlib import Path
 from typing import NamedTuple
@@ -24,6 +26,8 @@ _BYTES = {
     **dict.fromkeys(("int", "uint", "int32", "uint32", "float", "float32"), 4),
     **dict.fromkeys(("double", "float64", "int64", "uint64"), 8),
 }
+_TEXTURE = ("s", "t", "u", "v", "texture_u", "texture_v", "texcoord", "texnumber")
+"""Properties of places in a picture."""
 
 
 class Cloud(NamedTuple):
@@ -46,8 +50,7 @@ def read_ply(path: Path) -> Cloud:
     if promised == 0:
         return Cloud(np.empty((0, 3)), None)
     try:
-        with open(path, "rb") as file:
-            content = trimesh.load(file, file_type="ply", process=False)
+        content = trimesh.load(io.BytesIO(_vertices_alone(path.read_bytes())), file_type="ply", process=False)
         xyz = np.asarray(content.vertices, dtype=np.float64)
     except Exception as error:  # trimesh raises what its parsing stumbles over
         raise _damaged(path, f"{type(error).__name__}: {error}") from error
@@ -91,6 +94,28 @@ def _vertices(path: Path) -> int:
     if least > size - end.end() + 1:  # the last line of a text may have no end
         raise _damaged(path, f"its header promises {promised} points, which need more than its {size} bytes")
     return promised
+
+
+def _vertices_alone(content: bytes) -> bytes:
+    """A PLY file without comments, texture coordinates and what comes behind its vertices, where these come first."""
+    end = re.search(rb"end_header[ \t]*\r?\n", content)
+    assert end is not None
+    lines = [line.split() for line in content[: end.start()].decode("latin-1").splitlines()]
+    lines = [line for line in lines if line and line[0] not in ("comment", "obj_info")]
+    elements = [number for number, line in enumerate(lines) if line[0] == "element"]
+    own = lines[elements[0] :][: elements[1] - elements[0]] if len(elements) > 1 else lines[elements[0] :]
+    data = content[end.end() :]
+    if own[0][1] == "vertex" and all(line[1] != "list" for line in own[1:]):
+        lines, count = [*lines[: elements[0]], *own], int(own[0][2])
+        if ["format", "ascii", "1.0"] in lines:
+            data = b"\n".join(data.split(b"\n", count)[:count]) + b"\n"
+        else:
+            data = data[: count * sum(_BYTES[line[1]] for line in own[1:])]
+    for number, line in enumerate(lines):
+        if line[0] == "property" and line[-1] in _TEXTURE:
+            lines[number] = [*line[:-1], f"unused_{line[-1]}"]
+    head = "".join(f"{' '.join(line)}\n" for line in [*lines, ["end_header"]])
+    return head.encode("latin-1") + data
 
 
 def _damaged(path: Path, why: str) -> InputError:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import copy
 import json
 import math
+import os
 import tempfile
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
@@ -28,7 +29,7 @@ from infnerf_ns.data.capture.georeference import CaptureOutputs, Georeference, p
 from infnerf_ns.data.capture.intrinsics import Intrinsics, from_transforms, set_kinds
 from infnerf_ns.data.capture.photo_files import check_first_photo, read_header
 from infnerf_ns.data.capture.point_cloud import read_ply
-from infnerf_ns.data.checks import MIN_TRAIN_PHOTOS, check_pose, check_spread
+from infnerf_ns.data.checks import MIN_TRAIN_PHOTOS, check_outliers, check_pose, check_spread
 from infnerf_ns.errors import InputError
 from infnerf_ns.regular_files import require_regular_file
 from infnerf_ns.validation import warn
@@ -57,7 +58,7 @@ class CaptureTransforms(Nerfstudio):
         self._split_rule = ""
 
     def _generate_dataparser_outputs(self, split: str = "train") -> CaptureOutputs:
-        meta = self._clean(_read(self._path, self.config.data))
+        meta = self._clean(read_transforms(self._path, self.config.data))
         data = self.config.data
         with _clean_file(meta) as self.config.data:
             try:
@@ -78,20 +79,22 @@ class CaptureTransforms(Nerfstudio):
         """The content of the file in the form that nerfstudio reads rightly."""
         folder, frames = self._path.parent, meta["frames"]
         names = [splits.plain(frame["file_path"]) for frame in frames]
-        poses = np.stack([_pose(frame, name, self._path) for frame, name in zip(frames, names)])
-        _require_one_pose_each(names, poses, self._path)
+        poses = np.stack([frame_pose(frame, name, self._path) for frame, name in zip(frames, names)])
         if self.config.auto_scale_poses:
             check_spread(poses[:, :3, 3], str(self._path))
+        check_outliers(poses[:, :3, 3], names, str(self._path))
         kept = _kept(meta, self._path)
         applied = _applied_transform(meta, self._path, self.config.data)
         self._georeference = Georeference.of(poses[:, :3, 3], applied, kept.pop("applied_scale", 1.0))
         poses[:, :3, 3] -= self._georeference.offset
         files = [find_file(folder, name, PHOTO_ENDINGS) for name in names]
+        _require_one_pose_each(files, poses, self._path)
         check_first_photo(files[0])
         lenses = [
             from_transforms(frame, meta, lambda file=file: _photo_size(file), f"{self._path}: photo {name}")
             for frame, name, file in zip(frames, names, files)
         ]
+        _require_one_size(frames, meta, lenses, self._path)
         self._lenses, self._poses, self._originals = dict(zip(files, lenses)), dict(zip(files, poses)), {}
         clean: dict[str, Any] = {**kept, "frames": []}
         clean["camera_model"] = lenses[0].entries()["camera_model"]
@@ -112,6 +115,10 @@ class CaptureTransforms(Nerfstudio):
         if listed:
             where = {split: f"{self._path}: {split}_filenames" for split in listed}
             self._split_rule = f"{' and '.join(f'{split}_filenames' for split in listed)} of {self._path.name}"
+            spelt = {file: name for file, name in zip(files, names)}
+            for split, given in listed.items():
+                found = ((name, find_file(folder, splits.plain(name), PHOTO_ENDINGS)) for name in given)
+                listed[split] = [spelt.get(file, name) for name, file in found]
             for split, rows in splits.complete(listed, names, where).items():
                 clean[f"{split}_filenames"] = [files[row].as_posix() for row in rows]
         else:
@@ -173,8 +180,8 @@ def _clean_file(meta: dict[str, Any]) -> Iterator[Path]:
         yield path
 
 
-def _read(path: Path, data: Path) -> dict[str, Any]:
-    """The content of a ``transforms.json`` with at least two frames that have names.
+def read_transforms(path: Path, data: Path, least: int = MIN_TRAIN_PHOTOS) -> dict[str, Any]:
+    """The content of a ``transforms.json`` with at least ``least`` frames that have names.
 
     Raises:
         InputError: it is not there, is not JSON, or lists no photos.
@@ -194,8 +201,8 @@ def _read(path: Path, data: Path) -> dict[str, Any]:
     frames = meta.get("frames") if isinstance(meta, dict) else None
     if not frames or not isinstance(frames, list):
         raise InputError(f"{path} lists no photos: its 'frames' are empty, missing or no list")
-    if len(frames) < MIN_TRAIN_PHOTOS:
-        raise InputError(f"{path} lists {len(frames)} photo and training needs at least {MIN_TRAIN_PHOTOS}: add photos")
+    if len(frames) < least:
+        raise InputError(f"{path} lists {len(frames)} photo and training needs at least {least}: add photos")
     for index, frame in enumerate(frames):
         if not isinstance(frame, dict) or not isinstance(frame.get("file_path"), str) or not frame["file_path"]:
             raise InputError(f"{path}: frame {index} has no 'file_path': name its photo or remove the frame")
@@ -215,7 +222,7 @@ def _read(path: Path, data: Path) -> dict[str, Any]:
     return meta
 
 
-def _pose(frame: dict[str, Any], name: str, path: Path) -> Float[np.ndarray, "4 4"]:
+def frame_pose(frame: dict[str, Any], name: str, path: Path) -> Float[np.ndarray, "4 4"]:
     """Camera-to-world matrix of a frame, checked."""
     try:
         pose = np.array(frame["transform_matrix"], dtype=np.float64)
@@ -232,12 +239,31 @@ def _pose(frame: dict[str, Any], name: str, path: Path) -> Float[np.ndarray, "4 
     return np.concatenate([pose[:3], [[0.0, 0.0, 0.0, 1.0]]])
 
 
-def _require_one_pose_each(names: list[str], poses: Float[np.ndarray, "n 4 4"], path: Path) -> None:
-    first: dict[str, int] = {}
-    for row, name in enumerate(names):
-        other = first.setdefault(name, row)
+def _require_one_pose_each(files: list[Path], poses: Float[np.ndarray, "n 4 4"], path: Path) -> None:
+    first: dict[Path, int] = {}
+    for row, file in enumerate(files):
+        other = first.setdefault(Path(os.path.normpath(file)), row)  # however it is spelt
         if other != row and not np.allclose(poses[other], poses[row]):
-            raise InputError(f"{path} has photo {name} twice, with different poses: remove one of its frames")
+            raise InputError(f"{path} has photo {files[other]} twice, with different poses: remove one of its frames")
+
+
+def _require_one_size(frames: list[dict[str, Any]], meta: dict[str, Any], lenses: list[Intrinsics], path: Path) -> None:
+    """One lens in pixels, for photos whose sizes the file does not give, is that of photos of one size; upright and
+    lying ones can share their focal length."""
+    pixels = [name for name in ("fl_x", "fl_y", "cx", "cy") if meta.get(name) is not None]
+    turned = "cx" not in pixels and "cy" not in pixels
+    shared: dict[tuple[int, ...], tuple[str, Intrinsics]] = {}
+    for frame, lens in zip(frames, lenses):
+        sized = all(frame.get(side, meta.get(side)) is not None for side in ("w", "h"))
+        if not sized and any(frame.get(name) is None for name in pixels):
+            size = lens.width, lens.height
+            shared.setdefault(tuple(sorted(size)) if turned else size, (frame["file_path"], lens))
+    if pixels and len(shared) > 1:
+        sizes = [f"{name} of {lens.width} x {lens.height}" for name, lens in list(shared.values())[:2]]
+        raise InputError(
+            f"{path}: {pixels[0]} holds for photos of different sizes, {' and '.join(sizes)} pixels: give each frame"
+            " its own fl_x, fl_y, cx and cy, or scale the photos to one size"
+        )
 
 
 def _applied_transform(meta: dict[str, Any], path: Path, data: Path) -> Float[np.ndarray, "3 4"]:

@@ -116,7 +116,7 @@ def _pose_causes(capture: CaptureScene) -> Iterator[Cause]:
             "write their inverse, camera-to-world" + (" with the second and third column negated" if axes else ""),
             posed(inverse @ flip, inverse_position),
         )
-    for factor in (0.5, 2 / 3, 1.5, 2.0):
+    for factor in (0.125, 0.25, 1 / 3, 0.5, 2 / 3, 1.5, 2.0, 3.0, 4.0, 8.0):
         cameras = copy.deepcopy(capture.cameras)
         cameras.fx, cameras.fy = cameras.fx * factor, cameras.fy * factor
         yield Cause(

@@ -65,7 +65,7 @@ FEW_SEEN = 0.3
 """Share of points inside photos below which there is a warning."""
 NONE_SEEN = 0.01
 """Share of points inside photos below which they are points of something else."""
-FEW_PHOTOS = 0.5
+FEW_PHOTOS = 0.8
 """Share of photos that see points below which there is a warning."""
 FEW_MATCHES = 0.5
 """Share of the tracks' matches that must lie inside of their photos."""
@@ -75,6 +75,8 @@ LITTLE_AGREEMENT, NO_AGREEMENT = 0.5, 0.08
 """Agreement beyond chance, of what is possible beyond chance: a warning, a refusal."""
 OTHER_COLOURS = 0.25
 """Correlation of points' and photos' colours below which a cause is looked for."""
+FEW_POINTS = 50
+"""Points of a capture of several photos below which there is a warning: they hardly say where its scene is."""
 MIN_PHOTOS = 6
 """Photos without which chance is not known well enough for a verdict on the agreement alone."""
 
@@ -202,7 +204,7 @@ def _judge(report: ConsistencyReport, capture: CaptureScene, views: Views) -> No
     if cause is not None or (unseen and not agree):
         raise _refusal(report, capture, cause)
     side = float(torch.maximum(capture.cameras.width, capture.cameras.height).double().median())
-    if report.reprojection is not None and report.reprojection > WRONG_ERROR * side:
+    if report.reprojection is not None and report.reprojection > WRONG_ERROR * side and not (many and agree):
         raise InputError(
             f"{report}: the tracks are not of these poses: use the points and poses of one model, or leave the points "
             f"out ({WITHOUT_POINTS})"
@@ -218,9 +220,13 @@ def _judge(report: ConsistencyReport, capture: CaptureScene, views: Views) -> No
     if (report.photos or 0.0) < FEW_PHOTOS:
         low.append(f"only {report.photos:.0%} of the photos see any point")
     if report.reprojection is not None and report.reprojection > LARGE_ERROR * side:
-        low.append(f"the points are {report.reprojection:.1f} pixels from their tracks")
+        low.append(f"the points are {report.reprojection:.1f} pixels from their tracks (of photos of another size?)")
     if beyond is not None and not agree and has_detail(views):
         low.append(f"the photos agree little at the points ({report.agreement:.2f}, {report.by_chance:.2f} by chance)")
+    if other_colours and has_detail(views):
+        low.append(f"the points' own colours are not those of the photos there ({colours:.2f})")
+    if report.num_points < FEW_POINTS and many:
+        low.append(f"there are only {report.num_points} points, which hardly say where the scene is")
     if low:
         CONSOLE.log(
             f"[yellow]infnerf: photos, poses and points fit badly: {' and '.join(low)}: check the poses, and that the "
