@@ -599,6 +599,8 @@ class InfNeRFTrainer(Trainer):
 
     def _on_stop_request(self, number: int) -> None:
         """Called from the signal handler, in the main thread, at the first request."""
+        if self.config.logging.profiler == "basic":
+            self.config.logging.profiler = "none"  # ns-train would print its table behind our last line
         if self._phase == "setup":
             say("stopped before training began; nothing to save")
             leave(exit_code(number))
