@@ -99,7 +99,7 @@ def write_whole_file(path: Path, content: bytes) -> None:
     Raises:
         OSError: it cannot be written; what was there stays.
     """
-    draft = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
+    draft = path.with_name(f".{secrets.token_hex(8)}.tmp")  # a name that is long already must not become longer
     try:
         with draft.open("xb") as file:
             file.write(content)

@@ -76,6 +76,23 @@ def test_what_frames_say_alone_is_refused(entry: str, value: Any, tmp_path: Path
         read(tmp_path, lambda meta: [frame.update({entry: value}) for frame in meta["frames"]])
 
 
+def test_other_spellings_of_the_same_lens_are_read(tmp_path: Path) -> None:
+    """Sizes of the full photos beside scaled ones, centres of pixels counted from 0, two photos side by side."""
+    plain = read(tmp_path / "plain").cameras
+    double = {"w": 2 * WIDTH, "h": 2 * HEIGHT, "cx": WIDTH, "cy": HEIGHT, "fl_x": 2 * FOCAL}
+    half = {"cx": (WIDTH - 1) / 2, "cy": (HEIGHT - 1) / 2}
+    for number, same in enumerate((double, half)):
+        found = read(tmp_path / str(number), lambda meta, same=same: meta.update(same)).cameras
+        assert torch.equal(found.fx, plain.fx)
+
+    def beside(meta: dict[str, Any]) -> None:
+        meta["frames"] = meta["frames"][:2]
+        meta["frames"][1]["transform_matrix"] = np.array(meta["frames"][0]["transform_matrix"]).tolist()
+        meta["frames"][1]["transform_matrix"][1][3] += 0.02
+
+    assert len(read(tmp_path / "beside", beside).cameras) == 2
+
+
 def test_poses_are_checked(tmp_path: Path) -> None:
     def transpose(meta: dict[str, Any]) -> None:
         for frame in meta["frames"]:

@@ -21,9 +21,14 @@ from PIL import Image
 from tiny_capture import FOCAL, HEIGHT, WIDTH, points, write_capture, write_json, write_ply
 
 from infnerf_ns.data.capture import splits
+from infnerf_ns.data.capture.files import find_file
+from infnerf_ns.data.capture.georeference import Georeference
 from infnerf_ns.data.capture.parsers import make_parser
+from infnerf_ns.data.checks import check_outliers
 from infnerf_ns.data.projection import project
 from infnerf_ns.errors import InputError
+
+UTM = np.array([452300.0, 4512345.0, 312.0])
 
 Meta = dict[str, Any]
 
@@ -164,6 +169,43 @@ def test_a_transposed_pose_and_two_poses_of_one_photo_are_refused(tmp_path: Path
     assert "last row of the pose of photo images/002.png" in refusal(tmp_path / "a", transpose)
     twice = refusal(tmp_path / "b", lambda meta: meta["frames"][3].update(file_path="images/002.png"))
     assert "images/002.png twice, with different poses" in twice
+
+
+@pytest.mark.parametrize("count", [5, 8, 10, 11, 30])
+def test_one_camera_far_from_all_others(count: int, capsys: pytest.CaptureFixture[str]) -> None:
+    """Regression: with it, nerfstudio's unit and middle are such that single precision cannot tell the others apart."""
+    random = np.random.default_rng(count)
+    positions, names = random.standard_normal((count, 3)) + UTM, [f"{row}.png" for row in range(count)]
+    check_outliers(positions, names, "x")
+    offset = Georeference.of(positions, np.eye(4)[:3]).offset
+    np.testing.assert_allclose(offset, UTM, atol=3)
+    assert not capsys.readouterr().err
+    positions[3] = 0
+    with pytest.raises(InputError, match=r"x: photo 3.png is .* units from the others.* correct its pose or remove"):
+        check_outliers(positions, names, "x")
+    np.testing.assert_allclose(Georeference.of(positions, np.eye(4)[:3]).offset, UTM, atol=3)
+    positions[3] = UTM + 300
+    check_outliers(positions, names, "x")
+    assert "photo 3.png is" in capsys.readouterr().err
+
+
+def test_a_tripod_and_a_few_photos_around_it_are_a_capture(capsys: pytest.CaptureFixture[str]) -> None:
+    positions = np.concatenate([1e-7 * np.random.default_rng(0).standard_normal((40, 3)), np.eye(3)])
+    check_outliers(positions, [str(row) for row in range(43)], "x")
+    assert "units from the others" in capsys.readouterr().err
+    far = np.concatenate([np.tile(UTM, (40, 1)), UTM + np.eye(3)])
+    np.testing.assert_allclose(Georeference.of(far, np.eye(4)[:3]).offset, UTM, atol=1)
+
+
+def test_a_missing_file_below_a_folder_with_a_backslash(tmp_path: Path) -> None:
+    """Regression: it was looked for again and again."""
+    folder = tmp_path / "a\\b"
+    folder.mkdir()
+    assert find_file(folder, "missing.png") == folder / "missing.png"
+    assert find_file(folder, "x\\y/missing.png") == folder / "x\\y/missing.png"
+    (folder / "x").mkdir()
+    (folder / "x" / "there.png").touch()
+    assert find_file(folder, "./x\\there.png") == folder / "x" / "there.png"
 
 
 def test_no_points_where_none_are_named(tmp_path: Path) -> None:

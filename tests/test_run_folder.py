@@ -164,16 +164,27 @@ def test_a_disk_without_room_for_a_checkpoint_is_said_before_the_first_step(
 ):
     """Regression: it was said when the training had ended, and all of it was lost."""
     numbers = torch.nn.Parameter(torch.zeros(1 << 20))
-    monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=int(free * numbers.nbytes)))
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(total=1, free=int(free * numbers.nbytes)))
     if refused:
         with pytest.raises(InputError, match=f"12 MiB are free in {tmp_path}, and a checkpoint needs 12 MiB"):
-            checkpoints.require_space(tmp_path, [numbers])
+            checkpoints.require_space(tmp_path, tmp_path / "models", [numbers])
         with pytest.raises(InputError, match="MiB are free in .*--output-dir"):
-            monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=0))
+            monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(total=1, free=0))
             tiny_config(tmp_path).setup().setup()
     else:
-        checkpoints.require_space(tmp_path, [numbers])
+        checkpoints.require_space(tmp_path, tmp_path / "models", [numbers])
         assert "a second may not find room" in capsys.readouterr().err
+
+
+def test_room_that_older_checkpoints_make_and_disks_that_say_nothing(tmp_path, monkeypatch):
+    numbers = torch.nn.Parameter(torch.zeros(1 << 10))
+    folder = tmp_path / "models"
+    for step in (1, 2):
+        assert write(folder, step, kib=20) is None
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(total=1, free=0))
+    checkpoints.require_space(tmp_path, folder, [numbers])
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(total=0, free=0))
+    checkpoints.require_space(tmp_path, tmp_path / "none", [numbers])
 
 
 def test_last_weights_that_are_not_written_are_a_failure(tmp_path, monkeypatch):

@@ -27,6 +27,8 @@ ROTATION_TOLERANCE = 1e-3
 """Largest entry of ``R^T R - I`` that still counts as a rotation."""
 MIN_FOR_OUTLIERS = 5
 """Cameras of which one can be called far from the others."""
+MOST_OUTLIERS = 0.02
+"""Share of the cameras that can be called so."""
 FAR, TOO_FAR = 100.0, 1e4
 """Distance of a camera over that of nine of ten: a warning, and where single precision no longer tells the others
 apart."""
@@ -77,6 +79,15 @@ def check_spread(positions: Float[np.ndarray, "c 3"], source: str) -> None:
         )
 
 
+def usual_extent(apart: Float[np.ndarray, "c"]) -> float:
+    """How far nine of ten cameras are from their middle; of a few, all but the farthest.
+
+    Args:
+        apart: distances of all from the middle.
+    """
+    return float(np.sort(apart)[max(0, min(int(0.9 * (len(apart) - 1)), len(apart) - 2))])
+
+
 def check_outliers(positions: Float[np.ndarray, "c 3"], names: Sequence[str], source: str) -> None:
     """No camera may be so far from the others that nobody can have meant it: a photo without GPS at 0, 0, 0 among those
     in UTM. nerfstudio makes the distance of the farthest the unit of the scene, and centres all at their mean.
@@ -87,17 +98,17 @@ def check_outliers(positions: Float[np.ndarray, "c 3"], names: Sequence[str], so
         source: where they were read, for the message.
 
     Raises:
-        InputError: one is.
+        InputError: one is, or one in fifty. Of more it is a warning: a tripod and a walk around it are such a capture.
     """
     apart = np.linalg.norm(positions - np.median(positions, axis=0), axis=1)
-    usual, far = float(np.quantile(apart, 0.9)), int(np.argmax(apart))
+    usual, far = usual_extent(apart), int(np.argmax(apart))
     if len(positions) < MIN_FOR_OUTLIERS or usual <= 0 or apart[far] <= FAR * usual:
         return
     what = (
         f"{source}: photo {names[far]} is {apart[far]:.4g} units from the others, which are within {usual:.4g} of each"
         " other"
     )
-    if apart[far] > TOO_FAR * usual:
+    if apart[far] > TOO_FAR * usual and (apart > FAR * usual).sum() <= max(1, MOST_OUTLIERS * len(apart)):
         raise InputError(f"{what}: correct its pose or remove the photo")
     warn(f"{what}: is its pose right?")
 

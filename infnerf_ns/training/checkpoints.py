@@ -171,18 +171,27 @@ def _full_disk(state: dict[str, Any], folder: Path) -> str:
     )
 
 
-def require_space(folder: Path, parameters: Iterable[torch.nn.Parameter]) -> None:
+def require_space(folder: Path, checkpoints: Path, parameters: Iterable[torch.nn.Parameter]) -> None:
     """Ends a training before its first step if none of its checkpoints could be written; a warning where one could, but
     no second beside it. (Quotas are not known.)
 
     Args:
         folder: of the run, which is there.
+        checkpoints: where those of the run are, or will be.
         parameters: of the model; a checkpoint holds them and two moments of each.
 
     Raises:
         InputError: the disk is too full.
     """
-    needed, free = 3 * sum(parameter.nbytes for parameter in parameters), shutil.disk_usage(folder).free
+    try:
+        disk = shutil.disk_usage(folder)
+    except OSError:
+        return
+    if disk.total == 0:  # some network disks say nothing
+        return
+    # Older checkpoints make room for newer ones.
+    spare = sum(path.stat().st_size for path in list_checkpoints(checkpoints)[1:])
+    needed, free = 3 * sum(parameter.nbytes for parameter in parameters), disk.free + spare
     sizes = f"{free / 2**20:.0f} MiB are free in {folder}, and a checkpoint needs {needed / 2**20:.0f} MiB"
     if free < needed:
         raise InputError(f"{sizes}: make room, or choose another --output-dir")

@@ -86,6 +86,10 @@ def leave(code: int) -> NoReturn:
 def _end_before_the_threads() -> None:
     """The last of the functions at exit: it is the first that this package registers."""
     if _is_command and _code is not None:
+        # What was registered before it does not run any more; of that, these two are not nothing.
+        for module, end in (("logging", "shutdown"), ("multiprocessing.util", "_exit_function")):
+            with suppress(Exception):
+                getattr(sys.modules[module], end)()
         for stream in (sys.stdout, sys.stderr):
             with suppress(OSError, ValueError, AttributeError):
                 stream.flush()

@@ -290,7 +290,7 @@ class InfNeRFTrainer(Trainer):
             if write_record is not None and self.local_rank == 0:
                 write_record(self.base_dir / RECORD)
             if self.local_rank == 0:
-                checkpoints.require_space(self.base_dir, self._all_parameters())
+                checkpoints.require_space(self.base_dir, self.checkpoint_dir, self._all_parameters())
         spare_the_training()
         if self._signals.received is not None:  # Python drops what is raised within some callbacks
             leave(exit_code(self._signals.received))

@@ -39,7 +39,7 @@ def find_file(folder: Path, name: str, endings: tuple[str, ...] = ()) -> Path:
         alike = _by_lower_name(candidate.parent).get(_lower(candidate.name), ())
         if len(alike) == 1:
             return candidate.parent / alike[0]
-    if "\\" in str(wanted):  # beside slashes: some programs on Windows write both
+    if "\\" in slashes(name):  # beside slashes: some programs on Windows write both
         found = find_file(folder, name.replace("\\", "/"), endings)
         return found if found.is_file() else wanted
     return wanted

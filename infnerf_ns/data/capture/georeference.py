@@ -22,6 +22,8 @@ from nerfstudio.data.dataparsers.base_dataparser import DataparserOutputs
 from nerfstudio.utils.rich_utils import CONSOLE
 from torch import Tensor
 
+from infnerf_ns.data.checks import usual_extent
+
 FAR = 100.0
 """Offsets of captures are left alone below so many times the extent of nine of ten cameras: single precision then
 places cameras to 6e-6 of their extent, far below a pixel, and nothing about such captures changes."""
@@ -59,7 +61,8 @@ class Georeference:
     ) -> Georeference:
         """That of a capture whose cameras are at these positions (after A and a)."""
         centre = np.median(positions, axis=0)  # one camera elsewhere does not decide
-        extent = float(np.quantile(np.linalg.norm(positions - centre, axis=1), 0.9))
+        apart = np.linalg.norm(positions - centre, axis=1)
+        extent = usual_extent(apart) or float(apart.max())
         if np.abs(centre).max() <= FAR * extent or extent == 0:
             return Georeference(applied, applied_scale=applied_scale)
         offset = np.round(centre, int(np.clip(np.ceil(-np.log10(extent)) + 1, 0, 300)))

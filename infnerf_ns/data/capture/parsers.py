@@ -16,7 +16,6 @@ from nerfstudio.data.dataparsers.nerfstudio_dataparser import Nerfstudio
 from torch import Tensor
 
 from infnerf_ns.data.capture.colmap import CaptureColmap
-from infnerf_ns.data.capture.georeference import FAR
 from infnerf_ns.data.capture.intrinsics import COEFFICIENTS
 from infnerf_ns.data.capture.photo_files import read_header
 from infnerf_ns.data.capture.point_cloud import read_ply
@@ -24,6 +23,8 @@ from infnerf_ns.data.capture.transforms import CaptureTransforms, frame_pose, re
 from infnerf_ns.data.checks import explain
 from infnerf_ns.errors import InputError
 
+STEPS = 1e4
+"""Steps of single precision within the cameras' extent, below which their places are too coarse."""
 _SIZES = ("fl_x", "fl_y", "cx", "cy", "w", "h", "camera_angle_y")
 _LENS = (*_SIZES, "camera_model", "is_fisheye", *COEFFICIENTS, "k5", "k6")
 _OF_FRAMES = (*_LENS, "camera_angle_x", "mask_path", "depth_file_path")
@@ -53,8 +54,8 @@ class CaptureBlender(Blender):
                         raise InputError(f"{path} has {entry} = {value!r}, which blender-data ignores: {remedy}")
         poses = np.stack([frame_pose(frame, frame["file_path"], path) for frame in meta["frames"]])
         positions = poses[:, :3, 3]
-        extent = np.ptp(positions, axis=0).max()
-        if 0 < FAR * extent < np.abs(positions).max():
+        lost, extent = np.spacing(np.float32(np.abs(positions).max())), np.ptp(positions, axis=0).max()
+        if 0 < extent < lost * STEPS:
             raise InputError(
                 f"{path} has large coordinates, which blender-data keeps in single precision: move the poses to the"
                 f" origin, or read the capture with 'nerfstudio-data --data {path}'"
@@ -66,11 +67,14 @@ class CaptureBlender(Blender):
             name = self.config.data / (meta["frames"][0]["file_path"].replace("./", "") + ".png")
             if not name.is_file() or not isinstance(value, (int, float)):
                 return not name.is_file()  # whoever opens the photo says that it is missing
-            width, height = read_header(name, "photo").stored_size
+            size = read_header(name, "photo").stored_size
+            said = meta.get("w", size[0]), meta.get("h", size[1])  # photos may have been scaled since
+            same = all(isinstance(side, (int, float)) for side in said) and said[0] * size[1] == said[1] * size[0]
+            width, height = said if same else size
             focal = 0.5 * width / math.tan(0.5 * float(meta.get("camera_angle_x", 1.0)))
             usual = {"w": width, "h": height, "cx": width / 2, "cy": height / 2, "fl_x": focal, "fl_y": focal}
             usual["camera_angle_y"] = 2 * math.atan(0.5 * height / focal)
-            return math.isclose(value, usual[entry], rel_tol=1e-3)
+            return math.isclose(value, usual[entry], rel_tol=1e-3, abs_tol=1.0 if entry in ("cx", "cy") else 0.0)
         if entry == "camera_model":
             return str(value).upper() in ("PINHOLE", "SIMPLE_PINHOLE", "OPENCV", "PERSPECTIVE")
         return not value

@@ -9,7 +9,14 @@ from typing import NamedTuple
 
 import numpy as np
 
-from infnerf_ns.data.capture.consistency.agreement import Views, agreement_at_points, colour_agreement, sample_points
+from infnerf_ns.data.capture.consistency.agreement import (
+    Samples,
+    Views,
+    agreement_at_points,
+    agreement_by_chance,
+    colour_agreement,
+    sample_points,
+)
 from infnerf_ns.data.capture.consistency.scene import CaptureScene
 
 SEARCH_POINTS = 250
@@ -19,6 +26,8 @@ BETTER = 0.25
 ``GOOD``."""
 GOOD = 0.45
 """See ``BETTER``."""
+BY_CHANCE = 0.2
+"""Agreement beyond chance, of what is possible beyond it, without which nothing fits better."""
 _UNITS = {
     "millimetres where the poses are in metres": 1e-3,
     "centimetres where the poses are in metres": 1e-2,
@@ -74,9 +83,15 @@ def find_cause(
             if then is None or gain < -0.05:
                 continue
             gain, score = max(gain, then - colours), min(score, then + 0.1)  # of points they are always lower
-        if gain >= BETTER and score > best_score:
+        if gain >= BETTER and score > best_score and (cause.places or not _by_chance(samples, views)):
             best, best_score = cause, score
     return best
+
+
+def _by_chance(samples: Samples, views: Views) -> bool:
+    """Whether exchanged photos agree nearly as well: all would, at points that all lie in the middle of a photo."""
+    agreement, chance = agreement_at_points(samples, views.pictures), agreement_by_chance(samples, views.pictures)
+    return agreement is not None and chance is not None and agreement < chance + BY_CHANCE * (1 - chance)
 
 
 def _photo_causes(capture: CaptureScene, views: Views) -> Iterator[Cause]:
