@@ -105,7 +105,7 @@ def log_tree(octree: Octree, bytes_per_level: list[int], source: str) -> None:
     """
     table = Table(title=f"Octree of {octree.num_nodes} nodes from {source}")
     for name in ("level", "nodes", "GSD", "pruned", "memory"):
-        table.add_column(name, justify="right")
+        table.add_column(name, justify="right", overflow="fold")
     for row in octree.summary(bytes_per_level):
         table.add_row(
             str(row["level"]),

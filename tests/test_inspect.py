@@ -14,6 +14,7 @@ import yaml
 from commands import STEPS, Finished, Trained, run_all
 from nerfstudio.cameras.cameras import Cameras, CameraType
 from results import picture
+from rich.console import Console
 from tiny_model import tiny_camera
 from tiny_packed import TinyPacked, tiny_packed, tiny_run
 
@@ -101,6 +102,18 @@ def test_a_run_is_told_as_its_checkpoint_holds_it(tmp_path: Path, capsys: pytest
     assert number(rows["total"]["pruned"]) == pytest.approx(100 * (1 - len(level) / full), abs=0.051)
     assert str(path) in text and "step 7" in text and "residual children, a decoder per node" in text
     assert "have not started" not in text and "--plot" in text
+
+
+def test_no_number_is_cut_in_a_narrow_terminal(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Regression: "4,9…"."""
+    run = counted_run(tmp_path)
+    monkeypatch.setattr(inspect_run, "Console", lambda **_: Console(width=40))
+    capsys.readouterr()
+    Inspect(run).main()
+    text = capsys.readouterr().out
+    assert "…" not in text and max(len(line) for line in text.splitlines() if line.startswith("│")) <= 40
 
 
 def test_levels_that_have_not_started_and_samples_that_were_not_counted_are_told(

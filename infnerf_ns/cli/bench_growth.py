@@ -207,7 +207,7 @@ def _print(rows: list[dict]) -> None:
     columns = [name for name in rows[0] if name.startswith("psnr_")]
     table = Table(title="held-out PSNR at the end, dB")
     for name in ("", "nodes", *(name.removeprefix("psnr_") for name in columns)):
-        table.add_column(name, justify="left" if name == "" else "right")
+        table.add_column(name, justify="left" if name == "" else "right", overflow="fold")
     for name, row in last.items():
         table.add_row(name, str(row["nodes"]), *(f"{row[column]:.2f}" for column in columns))
     Console(width=160).print(table)

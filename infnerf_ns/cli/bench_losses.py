@@ -122,7 +122,7 @@ class Losses(Command):
             f" ±: the mean's standard deviation over {len(self.seeds)} seeds"
         )
         for column in ("", "steps", *(name.removeprefix("psnr_") for name in levels), "mean", "±"):
-            table.add_column(column, justify="left" if column == "" else "right")
+            table.add_column(column, justify="left" if column == "" else "right", overflow="fold")
         for name, steps, changes in changes_of(rows):
             sign = ".2f" if name == _BASE else "+.2f"
             mean = changes.mean(axis=1)

@@ -247,7 +247,7 @@ def _line(row: dict) -> str:
 def _print_table(rows: list[dict]) -> None:
     table = Table(title="memory of a view (MiB); process: its largest size before the view and with it")
     for name in ("area", "view", "nodes", "in view", "surfaces", "used", "model", "resident", "share", "process"):
-        table.add_column(name, justify="right")
+        table.add_column(name, justify="right", overflow="fold")
     for row in rows:
         table.add_row(
             f"x{row['area']}",

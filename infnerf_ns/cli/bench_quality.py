@@ -327,7 +327,7 @@ def result_line(row: dict) -> str:
 def _print_table(rows: list[dict]) -> None:
     table = Table(title="held-out PSNR per pyramid level, dB")
     for name in rows[0]:
-        table.add_column(name.removeprefix("psnr_"), justify="left" if name == "method" else "right")
+        table.add_column(name.removeprefix("psnr_"), justify="left" if name == "method" else "right", overflow="fold")
     for row in rows:
         table.add_row(*(f"{value:g}" if isinstance(value, float) else str(value) for value in row.values()))
     Console(width=120).print(table)

@@ -180,10 +180,10 @@ def _print_tables(rows: list[dict], rays: int) -> None:
     town = Table(title="towns, and the memory of their trees, peak of the process, and photos (not loaded) in MiB")
     for name in ("area", "photos", "points", "nodes", "per level", "parameters", "state", "resident", "peak",
                  "photos"):  # fmt: skip
-        town.add_column(name, justify="right")
+        town.add_column(name, justify="right", overflow="fold")
     step = Table(title=f"touched by a training step of {rays} rays, and its time (10 % to 90 % of the turns)")
     for name in ("area", "nodes", "levels/sample", "MiB", "ms", "ms of the first", "ratio"):
-        step.add_column(name, justify="right")
+        step.add_column(name, justify="right", overflow="fold")
     for row in rows:
         area = f"x{row['area']:g}"
         town.add_row(area, *(f"{row[name]:,}" for name in ("photos", "points", "nodes")), row["nodes_per_level"],

@@ -125,16 +125,16 @@ def print_tree(tree: StoredTree, check: PageCheck | None, verified: bool, consol
     octree, memory = tree.octree, tree.memory_bytes
     full = sum(8**level for level in range(octree.depth + 1))
     table = Table(title=f"Octree of {octree.num_nodes} nodes", show_footer=True)
-    table.add_column("level", "total", justify="right")
-    table.add_column("nodes", f"{octree.num_nodes:,}", justify="right")
-    table.add_column("GSD", justify="right")
-    table.add_column("pruned", f"{100 * (1 - octree.num_nodes / full):.1f} %", justify="right")
-    table.add_column("memory", _size(sum(memory)), justify="right")
+    table.add_column("level", "total", justify="right", overflow="fold")
+    table.add_column("nodes", f"{octree.num_nodes:,}", justify="right", overflow="fold")
+    table.add_column("GSD", justify="right", overflow="fold")
+    table.add_column("pruned", f"{100 * (1 - octree.num_nodes / full):.1f} %", justify="right", overflow="fold")
+    table.add_column("memory", _size(sum(memory)), justify="right", overflow="fold")
     if check is not None:
-        table.add_column("on disk", _size(int(check.bytes_on_disk.sum())), justify="right")
+        table.add_column("on disk", _size(int(check.bytes_on_disk.sum())), justify="right", overflow="fold")
     if check is not None and verified:
-        table.add_column("missing", str(int(check.missing.sum())), justify="right")
-        table.add_column("damaged", str(int(check.damaged.sum())), justify="right")
+        table.add_column("missing", str(int(check.missing.sum())), justify="right", overflow="fold")
+        table.add_column("damaged", str(int(check.damaged.sum())), justify="right", overflow="fold")
     for row in octree.summary(memory):
         at = octree.level == row["level"]
         cells = [str(row["level"]), f"{row['nodes']:,}", f"{row['gsd']:.4g}", f"{100 * row['pruned']:.1f} %"]
@@ -167,11 +167,11 @@ def _print_samples(tree: StoredTree, console: Console) -> None:
         print("training samples per node: not counted, the run was trained with an earlier version")
         return
     table = Table(title="Training samples per node", show_footer=True)
-    table.add_column("level", "total", justify="right")
+    table.add_column("level", "total", justify="right", overflow="fold")
     for name in ("least", "median", "most"):
-        table.add_column(name, justify="right")
-    table.add_column("all nodes", f"{int(samples.sum()):,}", justify="right")
-    table.add_column("never trained", str(int((samples == 0).sum())), justify="right")
+        table.add_column(name, justify="right", overflow="fold")
+    table.add_column("all nodes", f"{int(samples.sum()):,}", justify="right", overflow="fold")
+    table.add_column("never trained", str(int((samples == 0).sum())), justify="right", overflow="fold")
     for level in range(octree.depth + 1):
         here = samples[octree.level == level]
         numbers = [f"{int(each):,}" for each in (here.min(), here.double().quantile(0.5), here.max(), here.sum())]
@@ -184,12 +184,16 @@ def print_view(tree: StoredTree, view: View, console: Console) -> None:
     """The table of a view's levels."""
     octree, used = tree.octree, int(view.used.sum())
     table = Table(title=view.name, show_footer=True)
-    table.add_column("level", "total", justify="right")
-    table.add_column("share of picture", f"{100 * float(view.picture_share.sum()):.1f} %", justify="right")
-    table.add_column("share of samples", f"{100 * float(view.sample_share.sum()):.1f} %", justify="right")
-    table.add_column("nodes", f"{octree.num_nodes:,}", justify="right")
-    table.add_column("in view", f"{int(view.in_view.sum()):,}", justify="right")
-    table.add_column("used", f"{used:,}", justify="right")
+    table.add_column("level", "total", justify="right", overflow="fold")
+    table.add_column(
+        "share of picture", f"{100 * float(view.picture_share.sum()):.1f} %", justify="right", overflow="fold"
+    )
+    table.add_column(
+        "share of samples", f"{100 * float(view.sample_share.sum()):.1f} %", justify="right", overflow="fold"
+    )
+    table.add_column("nodes", f"{octree.num_nodes:,}", justify="right", overflow="fold")
+    table.add_column("in view", f"{int(view.in_view.sum()):,}", justify="right", overflow="fold")
+    table.add_column("used", f"{used:,}", justify="right", overflow="fold")
     for level, count in enumerate(octree.nodes_per_level):
         at = octree.level == level
         table.add_row(
