@@ -55,6 +55,8 @@ HARDLY_ANY_PARALLAX, NO_PARALLAX = 100.0, 1000.0
 focal length of 1000 pixels a point at that distance moves by 10 pixels, and by 1, from photo to photo."""
 LARGEST_DISTANCE = 1000.0
 """Scene units up to which a scene may be that far away: a capture in metres can be."""
+FAR_OUTSIDE = 100.0
+"""Points so many times as far from the middle as nine of ten are errors, or a horizon: no part of the scene's tree."""
 _MAX_KEPT_DISTANCES = 16_000_000
 
 
@@ -125,9 +127,7 @@ def build_sfm_scene(dataparser_outputs: DataparserOutputs, cameras: Cameras) -> 
             observations = _merged(observations, _observe_visible(points, cameras), bare)
     else:
         source, observations = "visibility", _observe_visible(points, cameras)
-    finite = (
-        torch.isfinite(points).all(dim=-1) & torch.isfinite(observations.footprints) & (observations.footprints > 0)
-    )
+    finite = ~far_outside(points) & torch.isfinite(observations.footprints) & (observations.footprints > 0)
     keep = finite & (observations.num_photos >= (MIN_PHOTOS if len(cameras) >= MIN_PHOTOS else 1))
     if not keep.any():
         keep = finite & (observations.num_photos > 0)
@@ -137,6 +137,16 @@ def build_sfm_scene(dataparser_outputs: DataparserOutputs, cameras: Cameras) -> 
     _check_parallax(cameras, distances)
     near = _near_plane(distances)
     return SfMScene(points[keep], observations.footprints[keep], observations.num_photos[keep], near, source)
+
+
+def far_outside(points: Float[Tensor, "n 3"]) -> Bool[Tensor, "n"]:
+    """Points that are not finite, or lie far outside of all others."""
+    finite = torch.isfinite(points).all(dim=-1)
+    if not finite.any():
+        return ~finite
+    apart = (points - points[finite].median(dim=0).values).norm(dim=-1)
+    usual = apart[finite].sort().values[int(0.9 * (int(finite.sum()) - 1))]
+    return ~finite | ((apart > FAR_OUTSIDE * usual) & (usual > 0))
 
 
 def _check_parallax(cameras: Cameras, distances: Float[Tensor, "k"]) -> None:

@@ -57,8 +57,9 @@ from infnerf_ns.data.capture.consistency.agreement import (
     small_photos,
 )
 from infnerf_ns.data.capture.consistency.causes import WITHOUT_POINTS, Cause, find_cause
-from infnerf_ns.data.capture.consistency.scene import CaptureScene, far_points, match_errors, seen_shares
+from infnerf_ns.data.capture.consistency.scene import CaptureScene, match_errors, seen_shares
 from infnerf_ns.data.capture.reading import capture_photos
+from infnerf_ns.data.sfm import far_outside
 from infnerf_ns.errors import InputError
 
 FEW_SEEN = 0.3
@@ -187,7 +188,7 @@ def _report(outputs: DataparserOutputs, capture: CaptureScene, views: Views) -> 
         agreement=agreement,
         by_chance=None if agreement is None else agreement_by_chance(samples, views.pictures),
         colours=colour_agreement(capture, samples, views.pictures),
-        far_points=far_points(capture.points),
+        far_points=int(far_outside(torch.from_numpy(capture.points)).sum()),
     )
 
 

@@ -122,12 +122,3 @@ def match_errors(capture: CaptureScene, chosen: Int[np.ndarray, "k"]) -> tuple[f
     if not inside or len(torch.cat(inside)) == 0:
         return None, None
     return float(torch.cat(inside).double().mean()), float(torch.cat(errors).median()) if errors else None
-
-
-def far_points(points: Float[np.ndarray, "n 3"]) -> int:
-    """Points that are not finite, or 100 times as far from the middle as nine of ten."""
-    finite = np.isfinite(points).all(axis=-1)
-    if not finite.any():
-        return len(points)
-    apart = np.linalg.norm(points[finite] - np.median(points[finite], axis=0), axis=-1)
-    return int((~finite).sum() + (apart > 100 * np.quantile(apart, 0.9)).sum())
